@@ -1,0 +1,1 @@
+"""HTTP in, frames out. Imports no torch."""

@@ -1,0 +1,1 @@
+"""Frames to files: fragmented and faststart MP4, stills, metadata."""

@@ -1,0 +1,1 @@
+"""One file per resource; a route validates, calls one thing, and answers."""

@@ -1,0 +1,1 @@
+"""Start, watch, stop. Imports no torch."""

@@ -1,0 +1,292 @@
+"""The console script `framemesh`: its commands, the checks before anything starts, the exit code. Parses no words."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import errno
+import json
+import os
+import socket
+import sys
+import tempfile
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
+
+import msgspec
+from cyclopts import App, CycloptsError, Parameter
+
+from launch.options import Output, take_in
+from runtime.config import Config, check_config
+from runtime.errors import FramemeshError, InvalidInput
+from runtime.sampling import ResolvedParams, SamplingParams
+
+if TYPE_CHECKING:
+    from runtime.models.card import Card
+
+HELP = "Serve diffusion video models over a mesh of ranks."
+EPILOGUE = (
+    "A flag is also a key of the --config file (--ulysses-degree: ulysses_degree) and an environment variable "
+    "(FRAMEMESH_ULYSSES_DEGREE). The command line wins over the environment, the environment over the file."
+)
+
+ConfigFlags = Annotated[Config, Parameter(name="*", group="Mesh and model")]
+SamplingFlags = Annotated[SamplingParams, Parameter(name="*", group="Sampling")]
+OutputFlags = Annotated[Output, Parameter(name="*", group="Output")]
+ConfigFile = Annotated[str | None, Parameter(name="--config", group="Command", help="A JSON or YAML file of settings.")]
+DryRun = Annotated[
+    bool, Parameter(group="Command", help="Check everything, print the resolved settings as JSON, start nothing.")
+]
+NO_CONFIG, NO_PARAMS, NO_OUTPUT = Config(), SamplingParams(), Output()
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line; returns the exit code (0 done, 1 failed, 2 bad input, 130 interrupted)."""
+    try:
+        return _run(sys.argv[1:] if argv is None else argv)
+    except (InvalidInput, CycloptsError) as error:
+        _say(f"error: {error}")
+        return 2
+    except FramemeshError as error:
+        _say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+def _run(argv: list[str]) -> int:
+    intake = take_in(argv, os.environ)
+    for note in intake.notes:
+        _say(note)
+    app = App(
+        name="framemesh",
+        help=HELP,
+        help_epilogue=EPILOGUE,
+        help_format="plaintext",
+        version=_version,
+        config=intake.fill,
+        default_parameter=Parameter(consume_multiple=True, negative_iterable=()),
+        exit_on_error=False,
+        print_error=False,
+        result_action="return_value",
+        suppress_keyboard_interrupt=False,
+    )
+    for command in (serve, generate, run, models, env):
+        app.command(command)
+    return app(intake.tokens) or 0
+
+
+def _version() -> str:
+    try:
+        return version("framemesh")
+    except PackageNotFoundError:
+        return "unknown: runs from a folder that is not installed"
+
+
+def serve(*, config: ConfigFlags = NO_CONFIG, config_file: ConfigFile = None, dry_run: DryRun = False) -> int:
+    """Serve a model over HTTP until a signal."""
+    ready = prepare(config, http=True)
+    if dry_run:
+        return _print_plan(config, ready)
+    from launch.serve import serve as serve_until_signal
+
+    return serve_until_signal(config, ready.folder)
+
+
+def generate(
+    *,
+    config: ConfigFlags = NO_CONFIG,
+    params: SamplingFlags = NO_PARAMS,
+    output: OutputFlags = NO_OUTPUT,
+    config_file: ConfigFile = None,
+    dry_run: DryRun = False,
+) -> int:
+    """Generate once, without an HTTP server."""
+    ready = prepare(config, params, output)
+    if dry_run:
+        return _print_plan(config, ready)
+    from launch.serve import generate_once
+
+    code = generate_once(config, ready.folder, params, output.output_file_name, bool(output.save_output))
+    if code == 0 and not output.save_output:
+        _say(f"note: nothing was saved; with --save-output the video goes to {config.output_path}")
+    return code
+
+
+def run(
+    *,
+    config: ConfigFlags = NO_CONFIG,
+    params: SamplingFlags = NO_PARAMS,
+    output: OutputFlags = NO_OUTPUT,
+    config_file: ConfigFile = None,
+) -> int:
+    """Serve a model, send it one prompt over HTTP, save the video, stop."""
+    if output.save_output is False:
+        raise InvalidInput("save_output", "run always saves its video; generate does without")
+    ready = prepare(config, params, output, http=True)
+    from launch.serve import run_once
+
+    return run_once(config, ready.folder, params, output.output_file_name)
+
+
+def models(*, model_path: str | None = None, revision: str | None = None) -> int:
+    """List the native model families, or say what one model is.
+
+    Parameters
+    ----------
+    model_path
+        A diffusers folder, a Hugging Face model id, or "demo".
+    revision
+        Branch, tag or commit of a model id.
+    """
+    if model_path is not None:
+        _print_rows(_model_rows(model_path, revision))
+        return 0
+    from runtime.models.card import FAMILIES
+
+    for pipeline_class, factory in FAMILIES.items():
+        card = get_type_hints(factory)["return"]
+        _print_rows([(pipeline_class, f"family {card.family}, {card.task_type}, frames leave {card.decode_streams}")])
+    return 0
+
+
+def env() -> int:
+    """Describe this machine: accelerators, memory, versions."""
+    from launch.devices import describe_machine
+
+    _print_rows(describe_machine())
+    return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Prepared:
+    """A model and a request that have passed every check that needs no weights."""
+
+    folder: Path
+    card: Card
+    resolved: ResolvedParams | None
+
+
+def prepare(
+    config: Config, params: SamplingParams | None = None, output: Output = NO_OUTPUT, *, http: bool = False
+) -> Prepared:
+    """Check everything that can be checked before a process starts, the cheap things before a download.
+
+    Raises:
+        InvalidInput: names the setting at fault.
+    """
+    check_config(config)
+    _check_output(output)
+    _try_folder(Path(config.output_path))
+    if http:
+        _try_port(config.host, config.port)
+    folder, card = _card_of(config.model_path, config.revision)
+    card.check_sp(config.layout.ulysses)
+    resolved = None if params is None else card.check(params)
+    if config.num_gpus > 1:
+        _say(f"note: layout {config.layout}")
+    if config.vae_sp:
+        _say("note: vae_sp: the decode still runs on one rank; spreading it is not available yet")
+    return Prepared(folder, card, resolved)
+
+
+def _card_of(model_path: str, revision: str | None) -> tuple[Path, Card]:
+    from launch.weights import resolve_model
+    from runtime.models.card import card_for, read_configs
+
+    folder = resolve_model(model_path, revision)
+    return folder, card_for(read_configs(folder))
+
+
+def _check_output(output: Output) -> None:
+    if output.return_frames:
+        raise InvalidInput("return_frames", "works in the Python SDK only; here --save-output writes the video")
+    name = output.output_file_name
+    if name is None:
+        return
+    if "/" in name or "\\" in name or not name.isprintable():
+        raise InvalidInput("output_file_name", f"{name!r} is no plain file name; the folder goes into --output-path")
+    if Path(name).suffix.lower() != ".mp4":
+        raise InvalidInput(
+            "output_file_name", f'{name!r} must end in .mp4, as in "clip.mp4"; videos are written as MP4'
+        )
+    if len(os.fsencode(name)) > 255:
+        raise InvalidInput("output_file_name", f"{name!r} is longer than the 255 bytes that a file name may have")
+
+
+def _try_folder(folder: Path) -> None:
+    """Write a file into the folder, and leave things as they were."""
+    missing: list[Path] = []
+    try:
+        missing += [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = f"{folder} cannot be written ({error.strerror}); name another folder"
+        raise InvalidInput("output_path", reason) from error
+    finally:
+        with contextlib.suppress(OSError):
+            for path in missing:
+                path.rmdir()
+
+
+def _try_port(host: str, port: int) -> None:
+    """Bind the address for a moment, in the way that the server will."""
+    try:
+        addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise InvalidInput("host", f"{host} is no address of this machine: {error.strerror}") from error
+    for family, kind, protocol, _, address in addresses:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                raise _bind_fault(host, port, error) from error
+
+
+def _bind_fault(host: str, port: int, error: OSError) -> InvalidInput:
+    if error.errno == errno.EADDRINUSE:
+        return InvalidInput("port", f"{port} on {host} is taken; name another one, or 0 for any free one")
+    if error.errno == errno.EACCES:
+        return InvalidInput("port", f"{port} may not be used by this user; take one from 1024 on")
+    return InvalidInput("host", f"{host} cannot be listened on: {error.strerror}")
+
+
+def _print_plan(config: Config, ready: Prepared) -> int:
+    layout = config.layout
+    plan: dict[str, Any] = {
+        "model": {"folder": str(ready.folder), **_describe(ready.card)},
+        "layout": {"cfg": layout.cfg, "ring": layout.ring, "ulysses": layout.ulysses, "ranks": layout.num_ranks},
+        "config": dataclasses.asdict(config),
+        "params": msgspec.to_builtins(ready.resolved),
+    }
+    print(json.dumps(plan, indent=2))
+    return 0
+
+
+def _describe(card: Card) -> dict[str, str]:
+    return {"family": card.family, "pipeline_class": card.pipeline_class, "task_type": card.task_type}
+
+
+def _model_rows(model_path: str, revision: str | None) -> list[tuple[str, str]]:
+    folder, card = _card_of(model_path, revision)
+    defaults = msgspec.to_builtins(card.check(SamplingParams(prompt="-", seed=0)))
+    told = {name: value for name, value in defaults.items() if name not in {"prompt", "negative_prompt", "seed"}}
+    return [
+        ("folder", str(folder)),
+        *_describe(card).items(),
+        ("frames leave", card.decode_streams),
+        *((f"default {name}", str(value)) for name, value in told.items()),
+    ]
+
+
+def _print_rows(rows: list[tuple[str, str]]) -> None:
+    width = max((len(name) for name, _ in rows), default=0)
+    for name, value in rows:
+        print(f"{name:<{width}}  {value}")
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

@@ -1,0 +1,290 @@
+"""From words, environment and config file to what the commands get. Knows every setting's name; starts nothing."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+import yaml
+from cyclopts import App, ArgumentCollection, Token
+
+from launch.flags import ALIASES, LATER, PREFIX, check_environment, check_later, plain
+from runtime.config import Config
+from runtime.errors import InvalidInput
+from runtime.sampling import SamplingParams
+
+
+@dataclass(frozen=True, kw_only=True)
+class Output:
+    """What becomes of the frames of `generate` and `run`."""
+
+    output_file_name: str | None = None
+    """Name of the video inside --output-path, ending in .mp4; unset: a name of its own."""
+    save_output: bool | None = None
+    """Write the video to disk; `run` always does."""
+    return_frames: bool = False
+    """Hand the raw frames back: in the Python SDK only."""
+
+
+def settings_of(cls: type, prefix: str = "") -> dict[str, Any]:
+    """Dotted name -> type of every setting in a tree of dataclasses."""
+    hints, found = get_type_hints(cls), {}
+    for field in fields(cls):
+        hint, name = hints[field.name], prefix + field.name
+        nested = isinstance(hint, type) and is_dataclass(hint)
+        found.update(settings_of(hint, f"{name}.") if nested else {name: hint})
+    return found
+
+
+CONFIG, SAMPLING, OUTPUT = settings_of(Config), settings_of(SamplingParams), settings_of(Output)
+SETTINGS = CONFIG | SAMPLING | OUTPUT
+NAMES = [*SETTINGS, *LATER, *ALIASES]
+COMMANDS = {"serve": CONFIG, "generate": SETTINGS, "run": SETTINGS}
+"""Which settings each command works with."""
+
+HTTP_ONLY = frozenset({"host", "port", "served_model_name", "batching_delay_ms"})
+"""Settings of the HTTP server, which `generate` does not start."""
+
+BOOLEANS = frozenset(
+    {name for name, hint in SETTINGS.items() if bool in (hint, *get_args(hint))}
+    | {name for name, later in LATER.items() if not later.takes_value}
+    | {"dry_run"}
+)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A value that did not come from the command line."""
+
+    spelling: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Intake:
+    """A command line, environment and file, with everything taken out that the commands do not work with."""
+
+    tokens: list[str]
+    settings: dict[str, Setting]
+    notes: list[str]
+
+    def fill(self, app: App, commands: tuple[str, ...], arguments: ArgumentCollection) -> None:
+        """Give cyclopts the settings that the command line leaves open, and check every number."""
+        for name, setting in self.settings.items():
+            argument, _, _ = arguments.match(flag(name))
+            if not argument.tokens:
+                for index, value in enumerate(setting.values):
+                    argument.append(Token(keyword=setting.spelling, value=value, source="", index=index))
+        for argument in arguments:
+            for token in argument.tokens:
+                _check_number(argument.hint, token.keyword or argument.name, token.value)
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def take_in(tokens: list[str], environ: Mapping[str, str]) -> Intake:
+    """Read the file and the environment, and bring the command line into the form that cyclopts takes.
+
+    Raises:
+        InvalidInput: names a flag, key or variable that is unknown or asks for what is missing, or an unreadable file.
+    """
+    if not tokens or tokens[0] not in COMMANDS or not {"--help", "-h"}.isdisjoint(tokens):
+        return Intake(tokens, {}, [])
+    command, phrases = tokens[0], list(_phrases(tokens[1:]))
+    words = [word for phrase in phrases for word in _rewrite(phrase, command)]
+    file = next((phrase.value for phrase in phrases if phrase.name == "config"), None)
+    from_file = _known(read_file(file), file) if file is not None else {}
+    from_environment, notes = _from_environment(environ)
+    settings = from_file | from_environment
+    given = {phrase.name for phrase in phrases} | settings.keys()
+    usable = {name: setting for name, setting in settings.items() if name in COMMANDS[command]}
+    return Intake([command, *words], usable, notes + _idle_notes(command, given))
+
+
+def _idle_notes(command: str, given: set[str]) -> list[str]:
+    idle = given & HTTP_ONLY if command == "generate" else given & (SETTINGS.keys() - COMMANDS[command].keys())
+    if not idle:
+        return []
+    why = "it starts no HTTP server" if command == "generate" else "they belong to a request, not to a server"
+    return [f"note: no effect on {command}: {', '.join(sorted(idle))} ({why})"]
+
+
+@dataclass(frozen=True)
+class Phrase:
+    """One flag of the command line with the words behind it, up to the next flag."""
+
+    head: str
+    words: tuple[str, ...]
+
+    @property
+    def spelling(self) -> str:
+        return self.head.partition("=")[0]
+
+    @property
+    def name(self) -> str:
+        """Name of the setting, aliases resolved; empty for words in front of the first flag."""
+        name = self.spelling[2:].replace("-", "_")
+        return ALIASES.get(name, name)
+
+    @property
+    def attached(self) -> bool:
+        return "=" in self.head
+
+    @property
+    def value(self) -> str | None:
+        """What stands behind the `=`, else the next word."""
+        return self.head.partition("=")[2] if self.attached else next(iter(self.words), None)
+
+    @property
+    def rest(self) -> list[str]:
+        """The words behind the value."""
+        return list(self.words if self.attached else self.words[1:])
+
+
+def _phrases(tokens: list[str]) -> Iterator[Phrase]:
+    head, words = "", list[str]()
+    for token in tokens:
+        # No flag holds a space, but a prompt that starts with two dashes does.
+        if token.startswith("--") and not re.search(r"\s", token.partition("=")[0]):
+            yield Phrase(head, tuple(words))
+            head, words = token, []
+        else:
+            words.append(token)
+    yield Phrase(head, tuple(words))
+
+
+def _rewrite(phrase: Phrase, command: str) -> list[str]:
+    """The words of a phrase with booleans and leading dashes unambiguous, aliases resolved, missing features gone."""
+    name, value = phrase.name, phrase.value
+    positive = name.removeprefix("no_")
+    if positive in SETTINGS and positive not in COMMANDS[command]:
+        raise InvalidInput(phrase.spelling, f"is no flag of {command}; it goes with `generate` or with each request")
+    if name in SETTINGS.keys() - BOOLEANS and phrase.rest and not _is_list(SETTINGS[name]):
+        raise InvalidInput(phrase.spelling, f"takes one value; {phrase.rest[0]!r} is too many (text goes in quotes)")
+    if positive in BOOLEANS:
+        return _rewrite_boolean(phrase, positive)
+    if name in LATER and value is None:
+        raise InvalidInput(phrase.spelling, "needs a value")
+    if value is not None and check_later(name, plain(value), phrase.spelling):
+        return phrase.rest
+    spelling = flag(name) if name in ALIASES.values() else phrase.spelling
+    if value is not None and name in SETTINGS and (phrase.attached or value.startswith("-")):
+        return [f"{spelling}={value}", *phrase.rest]
+    head = spelling + phrase.head.removeprefix(phrase.spelling)
+    return [head, *phrase.words] if head else list(phrase.words)
+
+
+def _rewrite_boolean(phrase: Phrase, name: str) -> list[str]:
+    """`--x`, `--x true`, `--x=true`, `--no-x` as `--x=true` or `--x=false`."""
+    opposite = {"true": "false", "false": "true"}
+    said, rest = "true", list(phrase.words)
+    if phrase.value is not None and (phrase.attached or phrase.value.lower() in opposite):
+        said, rest = phrase.value.lower(), phrase.rest
+    said = said if phrase.name == name else opposite.get(said, said)
+    return rest if check_later(name, plain(said), phrase.spelling) else [f"{flag(name)}={said}", *rest]
+
+
+def read_file(path: str) -> dict[str, Any]:
+    """A config file's settings by dotted name.
+
+    Raises:
+        InvalidInput: the file cannot be read, or is neither JSON nor YAML, or holds no mapping.
+    """
+    load: Callable[[str], Any] = json.loads if path.endswith(".json") else yaml.safe_load
+    try:
+        content = load(Path(path).expanduser().read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InvalidInput("--config", f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, yaml.YAMLError) as error:
+        kind = "JSON" if load is json.loads else "YAML"
+        reason = " ".join(str(error).split())
+        raise InvalidInput("--config", f"{path} cannot be read as {kind}: {reason}") from error
+    if not isinstance(content, dict | None):
+        raise InvalidInput("--config", f"{path} holds no mapping of settings to values")
+    return dict(_flatten(content or {}))
+
+
+def _flatten(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted names of the leaves; a group of settings is a branch, any other mapping is a leaf."""
+    groups = {name.partition(".")[0] for name in SETTINGS if "." in name}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if name not in groups:
+            yield name, value
+        elif isinstance(value, dict):
+            yield from _flatten(value, f"{name}.")
+        elif value is not None:
+            raise InvalidInput(name, f"{value!r} is no mapping of its settings to values")
+
+
+def _known(content: dict[str, Any], source: str) -> dict[str, Setting]:
+    """The keys of a config file that say something, under the names used here."""
+    found: dict[str, Setting] = {}
+    for key, value in content.items():
+        name, spelling = ALIASES.get(key, key), f"{key} ({source})"
+        if name not in SETTINGS and name not in LATER:
+            raise InvalidInput(spelling, f"is no setting{_did_you_mean(key, NAMES)}", code="unknown_parameter")
+        if check_later(name, value, spelling) or value in (None, []):
+            continue
+        values = tuple(str(item) for item in (value if isinstance(value, list) else [value]))
+        if found.get(name, Setting("", values)).values != values:
+            raise InvalidInput(spelling, f"contradicts {found[name].spelling}, which is the same setting")
+        _check_shape(SETTINGS[name], value, spelling)
+        found[name] = Setting(spelling, values)
+    return found
+
+
+def _check_shape(hint: Any, value: Any, spelling: str) -> None:
+    """Refuse what would turn into a value that nobody wrote: YAML reads `no` as false and `010` as 8."""
+    if isinstance(value, dict) or (isinstance(value, list) and not _is_list(hint)):
+        raise InvalidInput(spelling, f"takes one value, not {value!r}")
+    if str in (hint, *get_args(hint)) and not isinstance(value, str):
+        raise InvalidInput(spelling, f"{value!r} is not text; put it in quotes")
+
+
+def _check_number(hint: Any, spelling: str, word: str) -> None:
+    """Refuse fractions that would be rounded, and numbers that are none; anything else is cyclopts' to refuse."""
+    if {int, float}.isdisjoint((hint, *get_args(hint))):
+        return
+    try:
+        number = float(word)
+    except ValueError:
+        return
+    if not math.isfinite(number):
+        raise InvalidInput(spelling, f"{word} is no finite number")
+    if int in (hint, *get_args(hint)) and not number.is_integer():
+        raise InvalidInput(spelling, f"{word} is no whole number")
+
+
+def _is_list(hint: Any) -> bool:
+    return get_origin(hint) is tuple
+
+
+def _did_you_mean(word: str, names: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(names), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, Setting], list[str]]:
+    """The settings among the environment variables, and warnings about variables that have no effect."""
+    names = {PREFIX + name.replace(".", "_").upper(): name for name in NAMES}
+    found, notes = dict[str, Setting](), check_environment(environ)
+    for variable, value in sorted(environ.items()):
+        if not variable.startswith(PREFIX) or not value:
+            continue
+        if variable not in names:
+            notes.append(f"warning: {variable} is no setting{_did_you_mean(variable, names)}")
+            continue
+        name = ALIASES.get(names[variable], names[variable])
+        if not check_later(name, plain(value), variable):
+            words = value.replace(",", " ").split() if _is_list(SETTINGS[name]) else [value]
+            found[name] = Setting(variable, tuple(words))
+    return found, notes

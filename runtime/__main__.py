@@ -1,0 +1,54 @@
+"""The scheduler process: `python -P -m runtime --bind ENDPOINT --config FILE --model-folder FOLDER`."""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import msgspec
+
+from runtime.config import load_frozen
+from runtime.cost import CostModel
+from runtime.engine import Engine
+from runtime.log import get_logger, setup_logging
+from runtime.models.card import card_for, read_configs
+from runtime.protocol import Done, FromScheduler, ToScheduler
+from runtime.scheduler import Scheduler
+from runtime.wire import Channel
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m runtime", description=__doc__)
+    parser.add_argument("--bind", required=True, help="ipc:// or loopback tcp:// endpoint for all peers")
+    parser.add_argument("--config", type=Path, required=True, help="frozen configuration (JSON)")
+    parser.add_argument("--model-folder", type=Path, required=True, help="the resolved diffusers folder")
+    args = parser.parse_args()
+    config = load_frozen(args.config)
+    setup_logging("scheduler", config.log_level)
+    card = card_for(read_configs(args.model_folder))
+    scheduler = Scheduler(card, config.layout, CostModel(card))
+    channel: Channel[FromScheduler, ToScheduler] = Channel.bind(args.bind, ToScheduler)
+    trace = _trace_to(Path(config.trace_path)) if config.trace_path else None
+    engine = Engine(channel, scheduler, time.time_ns(), trace)
+    get_logger("engine").info("listening", endpoint=channel.endpoint, layout=str(config.layout))
+    try:
+        while not engine.stopped:
+            engine.step()
+    finally:
+        channel.close(linger_s=1.0)
+
+
+def _trace_to(path: Path) -> Callable[[Done], None]:
+    """A line per item and rank: rank, seq, started, finished (that rank's monotonic clock, seconds)."""
+    lines = path.open("wb", buffering=0)
+
+    def write(done: Done) -> None:
+        lines.write(msgspec.json.encode(msgspec.structs.asdict(done)) + b"\n")
+
+    return write
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,147 @@
+"""The one frozen configuration tree of a mesh. Every process gets the same one; nothing reads the environment later.
+
+A field is a flag (`--ulysses-degree`), a config-file key (`ulysses_degree`) and an environment variable
+(`FRAMEMESH_ULYSSES_DEGREE`); its docstring is its help text.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import msgspec
+
+from runtime.errors import InvalidInput
+from runtime.layout import Layout, derive_layout
+
+Precision = Literal["fp16", "bf16", "fp32"]
+LogLevel = Literal["debug", "info", "warning", "error"]
+
+DEMO_MODEL = "demo"
+"""The value of `model_path` that means the model shipped inside the package."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VaeConfig:
+    """Which halves of the VAE to hold, and its tiles."""
+
+    load_encoder: bool | None = None
+    """Hold the VAE's encoder; unset: only if the family needs it."""
+    load_decoder: bool = True
+    """Hold the VAE's decoder."""
+    tile_sample_min_height: int | None = None
+    """Tile height in pixels when tiling is on; unset: the VAE's own."""
+    tile_sample_min_width: int | None = None
+    """Tile width in pixels when tiling is on; unset: the VAE's own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """Everything about a mesh that is fixed before it starts."""
+
+    model_path: str = DEMO_MODEL
+    """A diffusers folder, a Hugging Face model id, or "demo" (the model shipped with framemesh)."""
+    revision: str | None = None
+    """Branch, tag or commit of a model id."""
+    served_model_name: str | None = None
+    """Name under which clients know the model; unset: the model path."""
+    backend: Literal["auto", "framemesh", "sglang"] = "auto"
+    """auto or framemesh (alias sglang): the native families; a model outside them is refused."""
+
+    num_gpus: int = 1
+    """Ranks of the worker mesh: GPUs, or CPU processes where there is no GPU."""
+    sp_degree: int | None = None
+    """Sequence-parallel degree (ring * ulysses); unset: derived."""
+    ulysses_degree: int | None = None
+    """DeepSpeed-Ulysses degree: all-to-all between heads and sequence; unset: derived."""
+    ring_degree: int | None = None
+    """Ring-attention degree; unset: derived."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """auto takes CUDA when there are enough GPUs for the ranks, else the CPU."""
+    dist_timeout: int = 600
+    """Seconds after which a collective that hangs is an error."""
+
+    dit_precision: Precision | None = None
+    """Precision of the denoiser; unset: bf16 on CUDA, fp32 on CPU."""
+    vae_precision: Precision | None = None
+    """Precision of the VAE; unset: fp32."""
+    text_encoder_precisions: tuple[Precision, ...] = ()
+    """Precision of each text encoder in pipeline order; unset: as the denoiser."""
+    attention_backend: Literal["auto", "torch_sdpa"] = "auto"
+    """Attention kernel of the denoiser."""
+    vae_tiling: bool = False
+    """Decode frames above the tile size tile by tile, as the VAE's own tiled decode does."""
+    vae_sp: bool = False
+    """Ask for the VAE decode to be spread over the ranks."""
+    vae_config: VaeConfig = field(default_factory=VaeConfig)
+    """Parts and tiles of the VAE."""
+
+    host: str = "127.0.0.1"
+    """Address that the HTTP server listens on."""
+    port: int = 30000
+    """Port of the HTTP server; 0 takes a free one."""
+    output_path: str = "outputs"
+    """Folder for results and for the job store."""
+    batching_delay_ms: float = 0.0
+    """How long the gateway collects requests before it sends them on together."""
+    max_prompt_chars: int = 20_000
+    """Longest prompt that is tokenized at all."""
+
+    start_timeout: int = 1800
+    """Seconds that the workers may take to load the model."""
+    log_level: LogLevel = "info"
+    """How much the processes log."""
+    trace_path: str | None = None
+    """Write the start and end of every work item on every rank to this file (JSON lines)."""
+
+    @property
+    def layout(self) -> Layout:
+        return derive_layout(
+            self.num_gpus,
+            sp_degree=self.sp_degree,
+            ulysses_degree=self.ulysses_degree,
+            ring_degree=self.ring_degree,
+        )
+
+    @property
+    def model_name(self) -> str:
+        return self.served_model_name or self.model_path
+
+
+def check_config(config: Config) -> None:
+    """Refuse what can be seen to be wrong without looking at the model or the machine.
+
+    Raises:
+        InvalidInput: names the field.
+    """
+    layout = config.layout
+    if layout.ring > 1:
+        raise InvalidInput("ring_degree", f"{layout}: ring attention is not available yet; use ulysses_degree")
+    if not 0 <= config.port <= 65535:
+        raise InvalidInput("port", f"{config.port} is not a port; take 0 (any free one) to 65535")
+    if not config.vae_config.load_decoder:
+        raise InvalidInput("vae_config.load_decoder", "must be true: without the decoder there are no frames")
+    if config.batching_delay_ms < 0:
+        raise InvalidInput("batching_delay_ms", f"{config.batching_delay_ms} is negative; it is a time in ms")
+    for name in ("tile_sample_min_height", "tile_sample_min_width"):
+        value = getattr(config.vae_config, name)
+        if value is not None and value < 64:
+            raise InvalidInput(f"vae_config.{name}", f"{value} is below the smallest tile of 64 pixels")
+
+
+def save_frozen(config: Config, path: Path) -> None:
+    """Write the resolved configuration for the children of a launcher."""
+    path.write_bytes(msgspec.json.format(msgspec.json.encode(config)))
+
+
+def load_frozen(path: Path) -> Config:
+    """Read what `save_frozen` wrote.
+
+    Raises:
+        InvalidInput: the file does not hold a configuration.
+    """
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Config)
+    except (OSError, msgspec.DecodeError) as error:
+        raise InvalidInput("config", f"{path}: {error}") from error

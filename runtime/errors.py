@@ -1,0 +1,53 @@
+"""The exception tree: what went wrong, whose fault it is, and how each edge says so.
+
+FramemeshError
+├── InvalidInput (also a ValueError)   the caller's fault: exit code 2, HTTP 400, names the field
+├── NotReady                           the mesh cannot take work now: HTTP 503
+├── RequestFailed                      an accepted request ended without output; carries code and reason
+├── StartFailed                        a process of the mesh did not come up, or died: exit code 1
+└── PeerGone                           a message had no one to go to (internal to the wire)
+"""
+
+from __future__ import annotations
+
+
+class FramemeshError(Exception):
+    """Root of everything this project raises on purpose."""
+
+
+class InvalidInput(FramemeshError, ValueError):
+    """A value that the caller has to change.
+
+    Args:
+        field: the parameter, flag or config key at fault, in the caller's spelling.
+        message: what is wrong and what would be right, one sentence.
+        code: a stable machine-readable word, OpenAI's where it has one.
+    """
+
+    def __init__(self, field: str, message: str, *, code: str = "invalid_value") -> None:
+        super().__init__(f"{field}: {message}")
+        self.field = field
+        self.message = message
+        self.code = code
+
+
+class NotReady(FramemeshError):
+    """The mesh is starting, restarting or draining."""
+
+
+class RequestFailed(FramemeshError):
+    """An accepted request that ended as failed or cancelled."""
+
+    def __init__(self, request_id: str, code: str, reason: str) -> None:
+        super().__init__(f"request {request_id} {code}: {reason}")
+        self.request_id = request_id
+        self.code = code
+        self.reason = reason
+
+
+class StartFailed(FramemeshError):
+    """A child process died or did not become ready in time."""
+
+
+class PeerGone(FramemeshError):
+    """The addressed peer is not connected (any more), or its queue is full."""

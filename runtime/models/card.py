@@ -1,0 +1,161 @@
+"""The contract of a family's card, and the way from a model folder to its card. Knows no weights.
+
+A card is built from the folder's JSON configs alone; gateway, CLI, scheduler and cost model all ask it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Protocol
+
+from runtime.errors import InvalidInput
+from runtime.models.wan import WanCard
+from runtime.sampling import ResolvedParams, SamplingParams
+
+Configs = dict[str, dict[str, Any]]
+"""JSON configs by component name; "model_index" is the folder's own, "framemesh" the optional defaults file."""
+
+
+class Card(Protocol):
+    """What can be known of a model without loading it."""
+
+    @property
+    def family(self) -> str: ...
+
+    @property
+    def pipeline_class(self) -> str: ...
+
+    @property
+    def task_type(self) -> str:
+        """T2V, T2I, I2V …"""
+        ...
+
+    @property
+    def decode_streams(self) -> str:
+        """How frames leave the VAE: "per latent frame", "per temporal tile" or "in one piece"."""
+        ...
+
+    def check(self, params: SamplingParams) -> ResolvedParams:
+        """Fill in defaults and refuse what the family cannot make; raises `InvalidInput`."""
+        ...
+
+    def check_sp(self, ulysses: int) -> None:
+        """Refuse a Ulysses degree that the model's heads do not divide by; raises `InvalidInput`."""
+        ...
+
+    def clean_prompt(self, text: str) -> str:
+        """The text exactly as the family's pipeline hands it to the tokenizer."""
+        ...
+
+    def frames_for(self, seconds: float, fps: int) -> int:
+        """The valid frame count nearest to a duration."""
+        ...
+
+    def latent_shape(self, params: ResolvedParams) -> tuple[int, ...]: ...
+
+    def tokens(self, params: ResolvedParams) -> int:
+        """Tokens of one forward, before padding."""
+        ...
+
+    def step_flops(self, params: ResolvedParams) -> float:
+        """Floating-point operations of one denoising step, all guidance branches."""
+        ...
+
+    def branches(self, params: ResolvedParams, step: int) -> tuple[str, ...]:
+        """Guidance branches that this step evaluates."""
+        ...
+
+    def batch_key(self, params: ResolvedParams, step: int) -> tuple[Any, ...]:
+        """Requests with equal keys may share this step's forward."""
+        ...
+
+    def decode_chunks(self, params: ResolvedParams) -> tuple[int, ...]:
+        """Frames in each chunk that the decoder yields."""
+        ...
+
+    def state_bytes(self, params: ResolvedParams, stage: str) -> int:
+        """Bytes that one request holds on a rank in a stage (encode, denoise, decode)."""
+        ...
+
+
+FAMILIES: dict[str, Callable[[Configs], Card]] = {"WanPipeline": WanCard.from_configs}
+"""Pipeline class in `model_index.json` -> card."""
+
+
+def read_configs(folder: Path) -> Configs:
+    """The JSON configs of a diffusers folder.
+
+    Raises:
+        InvalidInput: the folder is missing, is no diffusers pipeline, or holds weights that only pickle can read.
+    """
+    if not folder.is_dir():
+        raise InvalidInput("model_path", f"{folder} is no folder; give a diffusers folder or a Hugging Face model id")
+    index_file = folder / "model_index.json"
+    if not index_file.is_file():
+        raise InvalidInput(
+            "model_path", f"{folder} has no model_index.json, so it is no diffusers pipeline; point at its top folder"
+        )
+    configs: Configs = {"model_index": _read_json(index_file)}
+    for component, source in configs["model_index"].items():
+        if component.startswith("_") or not isinstance(source, list) or source[0] is None:
+            continue
+        names = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
+        found = [folder / component / name for name in names if (folder / component / name).is_file()]
+        if not found:
+            raise InvalidInput(
+                "model_path",
+                f"{folder} lists the component {component} but has no {component}/config.json; "
+                "the download is incomplete",
+            )
+        configs[component] = _read_json(found[0])
+        _check_weights(folder, component, source)
+    defaults = folder / "framemesh.json"
+    if defaults.is_file():
+        configs["framemesh"] = _read_json(defaults)
+    return configs
+
+
+def card_for(configs: Configs) -> Card:
+    """The card of the family that `model_index.json` names.
+
+    Raises:
+        InvalidInput: no native family has this pipeline class; lists those that there are.
+    """
+    name = configs["model_index"].get("_class_name")
+    if name not in FAMILIES:
+        raise InvalidInput("model_path", f"no native family runs {name}; there are: {', '.join(sorted(FAMILIES))}")
+    return FAMILIES[name](configs)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InvalidInput("model_path", f"{path} cannot be read as JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise InvalidInput("model_path", f"{path} holds no JSON object")
+    return content
+
+
+def _check_weights(folder: Path, component: str, source: list[str]) -> None:
+    """A component with weights must have them all, as safetensors."""
+    if "Scheduler" in source[1] or "Tokenizer" in source[1] or "Processor" in source[1]:
+        return
+    place = folder / component
+    safetensors = sorted(place.glob("*.safetensors"))
+    if not safetensors:
+        pickles = sorted(p.name for p in place.iterdir() if p.suffix in {".bin", ".pt", ".pth", ".ckpt"})
+        if pickles:
+            raise InvalidInput(
+                "model_path",
+                f"{place} has its weights only as a pickle ({pickles[0]}), which can run code when it is "
+                "loaded; convert it to safetensors",
+            )
+        raise InvalidInput("model_path", f"{place} has no *.safetensors weights; the download is incomplete")
+    for index in place.glob("*.safetensors.index.json"):
+        shards = set(_read_json(index).get("weight_map", {}).values())
+        missing = sorted(shards - {p.name for p in safetensors})
+        if missing:
+            raise InvalidInput("model_path", f"{place} lacks {missing[0]} ({len(missing)} of {len(shards)} shards)")

@@ -1,0 +1,274 @@
+"""Every message on every socket, one union per direction. Small Structs only; tensors never travel here.
+
+    gateway    -> scheduler   GatewayHello Submit Cancel Stored Grant
+    worker     -> scheduler   WorkerHello Ready Heartbeat Done ItemFailed
+    supervisor -> scheduler   SupervisorHello Drain
+    scheduler  -> gateway     Welcome MeshState Progress Completed Failed Cancelled
+    scheduler  -> worker      Welcome Encode Denoise Decode Release Shutdown
+    scheduler  -> supervisor  Welcome MeshState Fence
+    worker     -> gateway     FramesChunk (+ a payload of raw pixels)
+
+Structs are arrays on the wire (positional), so a new field is appended with a default; anything else raises
+`PROTOCOL_VERSION`. The envelope (version, epoch) and the sender's identity belong to `runtime.wire`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from runtime.layout import Layout
+from runtime.sampling import ResolvedParams
+
+PROTOCOL_VERSION = 1
+
+
+class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
+    """Base of everything on a socket; the tag is the class name."""
+
+
+# ---- what a model is ---------------------------------------------------------------------------------------------
+
+
+class TokenizerExport(msgspec.Struct, frozen=True):
+    """One text encoder's tokenizer, so that a gateway can tokenize without transformers."""
+
+    encoder: str
+    """Component name in the pipeline, e.g. "text_encoder"."""
+    json: str
+    """`tokenizers.Tokenizer.to_str()`."""
+    max_length: int
+    """Tokens, special ones included, that the family's pipeline feeds this encoder."""
+
+
+class ModelInfo(msgspec.Struct, frozen=True):
+    """What rank 0 tells the mesh about the loaded model."""
+
+    name: str
+    model_path: str
+    configs: dict[str, dict[str, Any]]
+    """The folder's JSON configs by component; what the family's card is built from."""
+    tokenizers: tuple[TokenizerExport, ...]
+    dit_precision: str
+    vae_precision: str
+    device: str
+    layout: Layout
+
+
+# ---- requests ----------------------------------------------------------------------------------------------------
+
+
+class Request(msgspec.Struct, frozen=True):
+    """One accepted generation."""
+
+    id: str
+    params: ResolvedParams
+    token_ids: dict[str, dict[str, tuple[int, ...]]] = {}
+    """Per encoder and prompt ("prompt", "negative_prompt"): unpadded ids; an encoder that is missing is tokenized
+    on the worker."""
+    attempt: int = 0
+
+
+class GatewayHello(Message, frozen=True):
+    frames_endpoint: str
+    """Where this gateway instance takes frames."""
+    credits: int
+    """Chunks that may be on their way to it at once."""
+
+
+class Submit(Message, frozen=True):
+    requests: tuple[Request, ...]
+
+
+class Cancel(Message, frozen=True):
+    request_id: str
+    reason: str = "cancelled by the client"
+
+
+class Stored(Message, frozen=True):
+    """The gateway has every frame of the request on disk (or in the caller's hands)."""
+
+    request_id: str
+
+
+class Grant(Message, frozen=True):
+    """Chunks that were consumed: so many more may be sent."""
+
+    credits: int
+
+
+class Progress(Message, frozen=True):
+    """Where a request is. `eta_s` is the predicted time to the last frame, seconds."""
+
+    request_id: str
+    stage: str
+    step: int
+    total_steps: int
+    eta_s: float
+    queue_position: int = 0
+
+
+class Completed(Message, frozen=True):
+    request_id: str
+    timings: dict[str, float]
+    """Seconds per stage (queued, encode, denoise, decode, total) as the scheduler saw them."""
+
+
+class Failed(Message, frozen=True):
+    request_id: str
+    code: str
+    reason: str
+
+
+class Cancelled(Message, frozen=True):
+    request_id: str
+    reason: str
+
+
+class MeshState(Message, frozen=True):
+    """Whether the mesh takes work, and why not. `model` is set once it is loaded."""
+
+    ready: bool
+    reason: str
+    ranks_ready: int
+    num_ranks: int
+    model: ModelInfo | None = None
+    losses: int = 0
+    """How often the worker group was lost so far."""
+
+
+class Welcome(Message, frozen=True):
+    """Answer to every hello: the scheduler's epoch, which the peer uses from now on."""
+
+    epoch: int
+
+
+# ---- ranks and items ---------------------------------------------------------------------------------------------
+
+
+class WorkerHello(Message, frozen=True):
+    rank: int
+    num_ranks: int
+    generation: int
+    """How often the worker group was restarted; ranks of different generations never share an item."""
+    host: str
+    pid: int
+
+
+class Ready(Message, frozen=True):
+    rank: int
+    generation: int
+    model: ModelInfo | None = None
+    """Only rank 0 sends it."""
+
+
+class Heartbeat(Message, frozen=True):
+    """Sent by a thread of its own once a second: the process lives. `busy_seq` is the item it is in, -1 for none."""
+
+    rank: int
+    generation: int
+    busy_seq: int
+
+
+class Encode(Message, frozen=True):
+    """Tokens to embeddings to initial latents, for what was submitted together."""
+
+    seq: int
+    ranks: tuple[int, ...]
+    requests: tuple[Request, ...]
+
+
+class Denoise(Message, frozen=True):
+    """`steps` denoising steps of a batch on a layout."""
+
+    seq: int
+    ranks: tuple[int, ...]
+    layout: Layout
+    request_ids: tuple[str, ...]
+    steps: int
+
+
+class Decode(Message, frozen=True):
+    """The next `chunks` chunks of a request's frames, sent to `endpoint` as they are made."""
+
+    seq: int
+    ranks: tuple[int, ...]
+    request_id: str
+    chunks: int
+    endpoint: str
+
+
+class Release(Message, frozen=True):
+    """Forget these requests."""
+
+    seq: int
+    ranks: tuple[int, ...]
+    request_ids: tuple[str, ...]
+
+
+WorkItem = Encode | Denoise | Decode | Release
+
+
+class Done(Message, frozen=True):
+    """A rank finished an item. Times are the rank's own monotonic clock, seconds."""
+
+    rank: int
+    seq: int
+    started: float
+    finished: float
+
+
+class ItemFailed(Message, frozen=True):
+    """A rank could not finish an item. `group_broken`: its collectives may be out of step, the rank exits."""
+
+    rank: int
+    seq: int
+    code: str
+    reason: str
+    group_broken: bool
+
+
+class Shutdown(Message, frozen=True):
+    """Leave with exit code 0."""
+
+
+class SupervisorHello(Message, frozen=True):
+    host: str
+
+
+class Drain(Message, frozen=True):
+    """Take no new work; send Shutdown to the ranks when nothing runs any more."""
+
+
+class Fence(Message, frozen=True):
+    """Kill this process of your host: it hangs."""
+
+    rank: int
+    pid: int
+    reason: str
+
+
+class FramesChunk(Message, frozen=True):
+    """Header of `count` decoded frames; the payload is uint8 RGB of shape (count, height, width, 3)."""
+
+    request_id: str
+    attempt: int
+    first_frame: int
+    count: int
+    total: int
+    height: int
+    width: int
+    timings: dict[str, float] = {}
+    """On the last chunk: the rank's own seconds per stage."""
+
+
+FromGateway = GatewayHello | Submit | Cancel | Stored | Grant
+FromWorker = WorkerHello | Ready | Heartbeat | Done | ItemFailed
+FromSupervisor = SupervisorHello | Drain
+ToScheduler = FromGateway | FromWorker | FromSupervisor
+
+ToGateway = Welcome | MeshState | Progress | Completed | Failed | Cancelled
+ToWorker = Welcome | WorkItem | Shutdown
+ToSupervisor = Welcome | MeshState | Fence
+FromScheduler = ToGateway | ToWorker | ToSupervisor

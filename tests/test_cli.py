@@ -1,0 +1,509 @@
+"""The command line: what it means, what it refuses before anything starts, and how it ends."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+from launch.cli import main
+from launch.flags import LATER
+from launch.options import BOOLEANS, CONFIG, SAMPLING
+from runtime.config import Config
+from runtime.errors import StartFailed
+from runtime.models.card import FAMILIES
+from runtime.sampling import SamplingParams
+
+ROOT = Path(__file__).parents[1]
+DATA = Path(__file__).parent / "data"
+DEMO = ROOT / "workers" / "demo" / "model"
+EXAMPLES = [DATA / "seed_config.json", DATA / "seed_config.yaml"]
+SMALL = ["--model-path", "demo", "--num-frames", "17", "--height", "64", "--width", "64"]
+
+
+@pytest.fixture(autouse=True)
+def clean_place(monkeypatch, tmp_path):
+    """An empty working directory, and none of our variables."""
+    monkeypatch.chdir(tmp_path)
+    for name in os.environ:
+        if name.startswith(("FRAMEMESH_", "SGLANG_")):
+            monkeypatch.delenv(name)
+
+
+@pytest.fixture
+def started(monkeypatch):
+    """What the command line would have started, in place of starting it."""
+    calls = []
+    module = types.ModuleType("launch.serve")
+
+    def record(name):
+        def start(*arguments):
+            calls.append((name, *arguments))
+            return 0
+
+        return start
+
+    for name in ("serve", "run_once", "generate_once"):
+        setattr(module, name, record(name))
+    monkeypatch.setitem(sys.modules, "launch.serve", module)
+    return calls
+
+
+@pytest.fixture
+def meaning(started):
+    """(Config, SamplingParams) that a `generate` command line stands for."""
+
+    def of(*words):
+        started.clear()
+        assert main(["generate", *words]) == 0
+        ((_, config, _, params, _, _),) = started
+        return config, params
+
+    return of
+
+
+def refusal(capsys, words):
+    """The error line of a refused command line; nothing may go to stdout."""
+    capsys.readouterr()
+    code = main(words)
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, ""), err
+    (error,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert err.endswith(error + "\n")
+    return error.removeprefix("error: ")
+
+
+def shell(*words, **options):
+    command = [sys.executable, "-P", "-m", "launch", *words]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(command, capture_output=True, text=True, env=environ, timeout=60, check=False, **options)
+
+
+# What reaches the commands
+
+
+def test_serve_gets_the_config_and_the_folder(started):
+    assert main(["serve", "--port", "0", "--num-gpus=2"]) == 0
+    assert started == [("serve", Config(port=0, num_gpus=2), DEMO)]
+
+
+def test_run_gets_the_file_name_and_needs_no_save_output(started):
+    assert main(["run", "--port=0", "--prompt", "a fox", "--output-file-name", "A curious fox.mp4"]) == 0
+    ((name, config, folder, params, file_name),) = started
+    assert (name, config, folder, file_name) == ("run_once", Config(port=0), DEMO, "A curious fox.mp4")
+    assert params == SamplingParams(prompt="a fox")
+
+
+@pytest.mark.parametrize(("words", "save"), [([], False), (["--save-output"], True), (["--no-save-output"], False)])
+def test_generate_says_when_nothing_was_saved(started, capsys, words, save):
+    assert main(["generate", "--prompt", "a fox", *words]) == 0
+    assert started[0][-1] is save
+    assert ("nothing was saved" in capsys.readouterr().err) is not save
+
+
+def test_flags_take_dashes_underscores_and_equals(meaning):
+    expected = meaning("--prompt", "a fox", "--num-gpus", "2", "--ulysses-degree", "2")
+    assert expected[0] == Config(num_gpus=2, ulysses_degree=2)
+    assert meaning("--prompt=a fox", "--num_gpus=2", "--ulysses_degree=2") == expected
+    assert meaning("--prompt", "a fox", "--num_gpus", "2", "--sp-size", "2", "--ulysses-degree=2") == (
+        Config(num_gpus=2, ulysses_degree=2, sp_degree=2),
+        expected[1],
+    )
+
+
+def test_aliases_mean_the_setting(meaning):
+    config, _ = meaning("--prompt", "a", "--num-gpus", "2", "--sp_size=2", "--precision", "fp16")
+    assert (config.sp_degree, config.dit_precision) == (2, "fp16")
+
+
+@pytest.mark.parametrize("prompt", ["-5 degrees", "--oh no", "true", "", "a = b", "füchse 🦊"])
+def test_a_prompt_may_look_like_anything(meaning, prompt):
+    _, params = meaning("--prompt", prompt or "x", "--negative-prompt", prompt, "--vae-tiling")
+    assert params.negative_prompt == prompt
+
+
+def test_a_documented_command_line_works_where_its_features_exist(meaning):
+    config, params = meaning(
+        *("--model-path", "demo", "--num-gpus", "4", "--ulysses-degree=4", "--ring-degree=1", "--tp-size=1"),
+        *(
+            "--pin-cpu-memory",
+            "--dit-layerwise-offload",
+            "false",
+            "--backend",
+            "sglang",
+            "--prompt",
+            "A curious raccoon",
+        ),
+        *("--save-output", "--output-path", "outputs", "--output-file-name", "A curious raccoon.mp4"),
+    )
+    assert config == Config(num_gpus=4, ulysses_degree=4, ring_degree=1, backend="sglang")
+    assert params == SamplingParams(prompt="A curious raccoon")
+
+
+def test_lists_take_several_words(meaning):
+    config, _ = meaning("--text-encoder-precisions", "fp16", "bf16", "--prompt", "a")
+    assert config.text_encoder_precisions == ("fp16", "bf16")
+
+
+def field(config, name):
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+CONFIG_BOOLEANS = sorted(BOOLEANS & CONFIG.keys() - {"vae_config.load_decoder"})
+
+
+@pytest.mark.parametrize("name", CONFIG_BOOLEANS)
+@pytest.mark.parametrize("underscores", [False, True])
+def test_every_boolean_works_in_every_spelling(meaning, name, underscores):
+    word = name if underscores else name.replace("_", "-")
+    yes = [[f"--{word}"], [f"--{word}", "true"], [f"--{word}=true"], [f"--{word}=True"], [f"--no-{word}=false"]]
+    no = [[f"--no-{word}"], [f"--{word}", "false"], [f"--{word}=false"], [f"--{word}", "FALSE"]]
+    for words, expected in [*((w, True) for w in yes), *((w, False) for w in no)]:
+        for line in ([*words, "--prompt", "a fox"], ["--prompt", "a fox", *words]):
+            config, params = meaning(*line)
+            assert field(config, name) is expected, line
+            assert params.prompt == "a fox"
+
+
+def test_the_remaining_booleans_work_in_every_spelling(capsys):
+    rest = BOOLEANS - set(CONFIG_BOOLEANS) - LATER.keys()
+    assert rest == {"vae_config.load_decoder", "save_output", "return_frames", "dry_run"}
+    base = ["generate", "--prompt", "a", "--dry-run"]
+    assert main([*base, "--vae-config.load-decoder", "true", "--save-output=true", "--return-frames", "false"]) == 0
+    assert main([*base, "--no-return-frames", "--vae-config.load-decoder=true", "--no-save-output"]) == 0
+    assert "load_decoder" in refusal(capsys, [*base, "--no-vae-config.load-decoder"])
+    assert "return_frames" in refusal(capsys, [*base, "--return-frames", "--save-output"])
+    assert '"maybe"' in refusal(capsys, [*base, "--no-vae-sp=maybe"])
+
+
+@pytest.mark.parametrize("name", [name for name, later in LATER.items() if not later.takes_value])
+def test_every_boolean_of_a_missing_feature_works_in_every_spelling(started, capsys, name):
+    word = name.replace("_", "-")
+    line = ["generate", "--prompt", "a"]
+    for words in ([f"--no-{word}"], [f"--{word}", "false"], [f"--{word}=false"], [f"--{name}=False"]):
+        assert main([*line, *words, "--seed", "1"]) == 0
+    for words in ([f"--{word}"], [f"--{word}", "true"], [f"--{name}=true"]):
+        if name == "pin_cpu_memory":
+            assert main([*line, *words, "--seed", "1"]) == 0
+        else:
+            assert LATER[name].reason in refusal(capsys, [*line, *words, "--seed", "1"])
+
+
+# Where a value comes from
+
+
+def test_precedence_is_flag_environment_file_default(meaning, monkeypatch, tmp_path):
+    file = tmp_path / "c.yaml"
+    file.write_text("seed: 1\nfps: 1\nheight: 16\nvae_config:\n  tile_sample_min_height: 128\n")
+    monkeypatch.setenv("FRAMEMESH_SEED", "2")
+    monkeypatch.setenv("FRAMEMESH_FPS", "2")
+    monkeypatch.setenv("FRAMEMESH_VAE_CONFIG_TILE_SAMPLE_MIN_WIDTH", "256")
+    monkeypatch.setenv("FRAMEMESH_TEXT_ENCODER_PRECISIONS", "fp16,bf16")
+    monkeypatch.setenv("FRAMEMESH_SP_SIZE", "1")
+    monkeypatch.setenv("FRAMEMESH_OUTPUT_PATH", "")
+    config, params = meaning("--config", str(file), "--prompt", "a", "--seed", "3", "--vae-config.load-encoder")
+    assert (params.seed, params.fps, params.height, params.width) == (3, 2, 16, None)
+    assert dataclasses.astuple(config.vae_config) == (True, True, 128, 256)
+    assert config.text_encoder_precisions == ("fp16", "bf16")
+    assert (config.sp_degree, config.output_path) == (1, "outputs")
+
+
+def test_the_documented_examples_load_unchanged_and_mean_the_same(meaning, capsys):
+    by_json, by_yaml = (meaning("--config", str(path), *SMALL) for path in EXAMPLES)
+    assert by_json == by_yaml
+    config, params = by_json
+    assert (config.num_gpus, config.sp_degree, config.dit_precision, config.vae_precision) == (2, 2, "bf16", "fp16")
+    assert config.text_encoder_precisions == ("fp16", "fp16")
+    assert dataclasses.astuple(config.vae_config) == (False, True, 256, 256)
+    assert (config.vae_tiling, config.vae_sp, config.output_path) == (True, True, "outputs/")
+    assert (params.prompt[:17], params.seed, params.num_inference_steps) == ("A beautiful woman", 1024, 6)
+    assert (params.num_frames, params.fps) == (17, 24)
+    assert capsys.readouterr().err.count("the decode still runs on one rank") == 2
+
+
+@pytest.mark.parametrize("path", EXAMPLES)
+def test_one_file_serves_serve_too(started, capsys, path):
+    assert main(["serve", "--config", str(path), "--model-path=demo", "--port=0"]) == 0
+    (note,) = [line for line in capsys.readouterr().err.splitlines() if "no effect on serve" in line]
+    assert "prompt, seed, width" in note
+    assert "output_path" not in note
+
+
+def test_generate_says_that_http_settings_have_no_effect(meaning, capsys, tmp_path):
+    (tmp_path / "c.json").write_text('{"host": "nowhere.invalid"}')
+    meaning("--prompt", "a", "--port", "1", "--config", "c.json")
+    notes = [line for line in capsys.readouterr().err.splitlines() if "no effect" in line]
+    assert notes == ["note: no effect on generate: host, port (it starts no HTTP server)"]
+
+
+def test_unused_variables_are_named_in_one_line(started, capsys, monkeypatch):
+    monkeypatch.setenv("SGLANG_A", "1")
+    monkeypatch.setenv("SGLANG_DIFFUSION_ATTENTION_CONFIG", "x.json")
+    monkeypatch.setenv("FRAMEMESH_NUM_GPU", "2")
+    assert main(["serve", "--port=0"]) == 0
+    assert capsys.readouterr().err.splitlines() == [
+        "warning: set, but without effect here: SGLANG_A, SGLANG_DIFFUSION_ATTENTION_CONFIG",
+        "warning: FRAMEMESH_NUM_GPU is no setting; did you mean FRAMEMESH_NUM_GPUS?",
+    ]
+
+
+# What is refused
+
+
+def broken_folder(tmp_path, break_it):
+    folder = tmp_path / "model"
+    shutil.copytree(DEMO, folder)
+    break_it(folder)
+    return ["generate", "--prompt", "a", "--model-path", str(folder)]
+
+
+BAD_LINES = [
+    ("generate --num-gps 2", "--num-gps", "Did you mean --num-gpus?"),
+    ("serve --prompt fox", "--prompt", "no flag of serve"),
+    ("genrate", '"genrate"', 'Did you mean "generate"?'),
+    ("generate stray", "stray", ""),
+    ("generate --prompt a curious fox", "--prompt", "'curious' is too many"),
+    ("generate --seed", "--seed", "requires an argument"),
+    ("generate --tp-size", "--tp-size", "needs a value"),
+    ("generate --seed 1 --seed 2", "--seed", "multiple times"),
+    ("generate --num-gpus 2.5", "--num-gpus", "no whole number"),
+    ("generate --num-gpus two", "--num-gpus", "two"),
+    ("generate --guidance-scale nan", "--guidance-scale", "finite"),
+    ("generate --dit-precision fp8", "--dit-precision", '"fp16", "bf16", "fp32"'),
+    ("generate --prompt a --num-gpus 4 --ulysses-degree=3", "ulysses_degree", "= 3 ranks != 4 (num_gpus)"),
+    ("generate --prompt a --num-gpus 4 --sp-degree 2", "sp_degree", "= 2 ranks != 4"),
+    ("generate --prompt a --num-gpus 0", "num_gpus", "1 or more"),
+    ("generate --prompt a --num-gpus 3", "ulysses_degree", "take one of [1, 2, 4]"),
+    ("generate --prompt a --height 65", "height", "the nearest are 64 and 80"),
+    ("generate --prompt a --num-frames 16", "num_frames", "the nearest are 13 and 17"),
+    ("generate --prompt a --num-inference-steps 0", "num_inference_steps", "take 1 to"),
+    ("generate --prompt a --fps -1", "fps", "take 1 to"),
+    ("generate", "prompt", "is empty"),
+    ("generate --prompt a --output-file-name a/b.mp4", "output_file_name", "--output-path"),
+    ("generate --prompt a --output-file-name a.gif", "output_file_name", ".mp4"),
+    ("generate --prompt a --output-file-name a", "output_file_name", ".mp4"),
+    ("generate --prompt a --output-file-name .mp4", "output_file_name", ".mp4"),
+    ("generate --prompt a --return-frames", "return_frames", "Python SDK"),
+    ("run --prompt a --no-save-output", "save_output", "always saves"),
+    ("generate --prompt a --model-path ./nowhere", "model_path", "no folder ./nowhere"),
+    ("generate --prompt a --output-path /dev/null/x", "output_path", "cannot be written"),
+    ("serve --port 70000", "port", "0 (any free one) to 65535"),
+    ("serve --host nowhere.invalid", "host", "nowhere.invalid"),
+    ("serve --config nowhere.json", "--config", "cannot be read: No such file"),
+    ("generate --lora-path me/style", "--lora-path", "LoRA adapters are not available yet"),
+    ("generate --tp-size 2", "--tp-size", "text encoders"),
+    ("generate --backend diffusers", "--backend", "diffusers backend is not available yet"),
+    ("generate --attention-backend sage_attn", "--attention-backend", "take torch_sdpa"),
+    ("serve --warmup-resolutions 256x256 720x720", "--warmup-resolutions", "warm-up"),
+    ("serve --text-encoder-cpu-offload --pin-cpu-memory --num-gpus 4", "--text-encoder-cpu-offload", "offloading"),
+    ("generate --num-gpus 8 --enable-cfg-parallel --ulysses-degree 4", "--enable-cfg-parallel", "guidance branches"),
+]
+
+
+@pytest.mark.parametrize(("line", "name", "hint"), BAD_LINES, ids=[line for line, _, _ in BAD_LINES])
+def test_bad_lines_end_before_anything_starts(started, capsys, line, name, hint):
+    error = refusal(capsys, line.split())
+    assert name in error
+    assert hint in error
+    assert not started
+    assert not list(Path().iterdir())
+
+
+BAD_FILES = [
+    ("c.json", '{"num_gps": 2}', "num_gps (c.json): is no setting; did you mean num_gpus?"),
+    ("c.json", '{"vae_config": {"load_encode": true}}', "did you mean vae_config.load_encoder?"),
+    ("c.json", '{"vae_config": 3}', "vae_config: 3 is no mapping"),
+    ("c.json", '{"enable_torch_compile": true}', "enable_torch_compile (c.json): torch.compile is not available yet"),
+    ("c.json", '{"diffusers_kwargs": {"a": 1}}', "diffusers_kwargs (c.json): the diffusers backend"),
+    ("c.json", '{"backend": "diffusers"}', "backend (c.json): diffusers: the diffusers backend"),
+    ("c.json", '{"num_gpus": [1, 2]}', "takes one value"),
+    ("c.json", '{"num_gpus": "x"}', 'num_gpus (c.json): unable to convert "x"'),
+    ("c.json", '{"num_gpus": true}', "num_gpus (c.json)"),
+    ("c.json", '{"sp_size": 1, "sp_degree": 2}', "sp_degree (c.json): contradicts sp_size (c.json)"),
+    ("c.json", "{", "cannot be read as JSON"),
+    ("c.yaml", "prompt: no", "prompt (c.yaml): False is not text; put it in quotes"),
+    ("c.yaml", "a: [", "cannot be read as YAML"),
+    ("c.yaml", "- a", "holds no mapping"),
+    ("c.yaml", "fps: 1.5", "fps (c.yaml): 1.5 is no whole number"),
+    ("c.yaml", "config: other.yaml", "config (c.yaml): is no setting"),
+]
+
+
+@pytest.mark.parametrize(("name", "text", "message"), BAD_FILES, ids=[text for _, text, _ in BAD_FILES])
+def test_bad_files_are_refused(started, capsys, name, text, message):
+    Path(name).write_text(text)
+    assert message in refusal(capsys, ["generate", "--prompt", "a", "--config", name])
+    assert not started
+
+
+def test_bad_variables_are_refused(started, capsys, monkeypatch):
+    monkeypatch.setenv("FRAMEMESH_LORA_PATH", "me/style")
+    assert refusal(capsys, ["serve"]) == "FRAMEMESH_LORA_PATH: LoRA adapters are not available yet"
+    monkeypatch.setenv("FRAMEMESH_LORA_PATH", "")
+    monkeypatch.setenv("FRAMEMESH_PORT", "tcp://10.0.0.1:80")
+    assert "FRAMEMESH_PORT" in refusal(capsys, ["serve"])
+    monkeypatch.setenv("SGLANG_CACHE_DIT_ENABLED", "true")
+    assert "SGLANG_CACHE_DIT_ENABLED: Cache-DiT" in refusal(capsys, ["serve"])
+    assert not started
+
+
+def test_bad_folders_are_refused(started, capsys, tmp_path):
+    def only_pickle(folder):
+        weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
+        weights.rename(weights.with_suffix(".bin"))
+
+    assert "pickle" in refusal(capsys, broken_folder(tmp_path, only_pickle))
+    shutil.rmtree(tmp_path / "model")
+    assert "no diffusers pipeline" in refusal(
+        capsys, broken_folder(tmp_path, lambda folder: (folder / "model_index.json").unlink())
+    )
+    assert not started
+
+
+def test_a_taken_port_is_refused_by_those_who_need_it(started, capsys):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        for line in (["serve"], ["run", "--prompt", "a"]):
+            assert f"port: {port} on 127.0.0.1 is taken" in refusal(capsys, [*line, "--port", port])
+        assert not started
+        assert main(["generate", "--prompt", "a", "--port", port]) == 0
+
+
+def test_the_trial_of_the_output_folder_leaves_no_trace(started, tmp_path):
+    assert main(["generate", "--prompt", "a", "--output-path", "new/deep"]) == 0
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "new").mkdir()
+    assert main(["generate", "--prompt", "a", "--output-path", "new/deep"]) == 0
+    assert not list((tmp_path / "new").iterdir())
+
+
+# The other commands
+
+
+def test_dry_run_prints_the_plan_and_starts_nothing(started, capsys):
+    line = ["generate", "--dry-run", "--prompt", "a", "--num-gpus", "2", "--seed", "7"]
+    assert main(line) == 0
+    out, err = capsys.readouterr()
+    plan = json.loads(out)
+    assert plan["layout"] == {"cfg": 1, "ring": 1, "ulysses": 2, "ranks": 2}
+    assert plan["model"] == {
+        "folder": str(DEMO),
+        "family": "wan",
+        "pipeline_class": "WanPipeline",
+        "task_type": "T2V",
+    }
+    assert plan["config"].keys() == {name.partition(".")[0] for name in CONFIG}
+    assert plan["params"].keys() == SAMPLING.keys()
+    assert (plan["params"]["seed"], plan["params"]["num_frames"]) == (7, 17)
+    assert "layout cfg(1) * ring(1) * ulysses(2) = 2 ranks" in err
+    assert main(["serve", "--dry-run", "--port", "0"]) == 0
+    assert json.loads(capsys.readouterr().out)["params"] is None
+    assert not started
+
+
+def test_models_lists_every_family_and_describes_one_folder(capsys):
+    assert main(["models"]) == 0
+    out = capsys.readouterr().out
+    for pipeline_class in FAMILIES:
+        assert pipeline_class in out
+    assert "per latent frame" in out
+    assert main(["models", "--model-path", str(DEMO)]) == 0
+    rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
+    assert ["family", "wan"] in rows
+    assert ["default", "num_frames           17"] in rows
+    assert "no folder" in refusal(capsys, ["models", "--model-path", "./nowhere"])
+
+
+def test_env_prints_the_rows_of_the_machine(monkeypatch, capsys):
+    module = types.ModuleType("launch.devices")
+    module.describe_machine = lambda: [("gpu", "none"), ("memory", "8 GiB")]
+    monkeypatch.setitem(sys.modules, "launch.devices", module)
+    assert main(["env"]) == 0
+    assert capsys.readouterr().out == "gpu     none\nmemory  8 GiB\n"
+
+
+# How it ends
+
+
+def test_a_failed_run_is_exit_code_1(started, monkeypatch, capsys):
+    def fail(*_):
+        raise StartFailed("worker 0 died")
+
+    monkeypatch.setattr(sys.modules["launch.serve"], "generate_once", fail)
+    assert main(["generate", "--prompt", "a"]) == 1
+    assert capsys.readouterr().err == "error: worker 0 died\n"
+
+
+def test_an_exit_code_from_below_is_passed_on(started, monkeypatch, capsys):
+    monkeypatch.setattr(sys.modules["launch.serve"], "generate_once", lambda *_: 3)
+    assert main(["generate", "--prompt", "a"]) == 3
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["serve", "--num-gps", "2"], "Did you mean --num-gpus?"),
+        (["generate", "--prompt", "a", "--model-path", "./nowhere"], "no folder ./nowhere"),
+        (["generate", "--prompt", "a", "--num-gpus", "4", "--ring-degree", "3"], "!= 4 (num_gpus)"),
+    ],
+)
+def test_a_real_process_refuses_without_a_traceback(words, message):
+    done = shell(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert message in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_help_and_version_import_nothing_heavy():
+    program = """
+import sys
+from launch.cli import main
+codes = [main(words) for words in (["--help"], ["--version"], ["generate", "--help"], ["serve", "-h"], [])]
+heavy = {"torch", "diffusers", "transformers", "fastapi", "numpy", "av", "huggingface_hub", "zmq", "sqlalchemy"}
+print(codes, sorted(heavy & sys.modules.keys()), file=sys.stderr)
+"""
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environ, check=True)
+    assert done.stderr.splitlines() == ["[0, 0, 0, 0, 0] []"]
+    assert "--ulysses-degree" in done.stdout
+
+
+@pytest.mark.slow
+def test_ctrl_c_ends_quickly_with_130(tmp_path):
+    program = """
+import sys, time, types
+module = types.ModuleType("launch.serve")
+def serve(config, folder):
+    print("up", flush=True)
+    time.sleep(60)
+module.serve = serve
+sys.modules["launch.serve"] = module
+from launch.cli import main
+sys.exit(main(["serve", "--port", "0"]))
+"""
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    with subprocess.Popen(
+        [sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environ
+    ) as process:
+        assert process.stdout.readline() == "up\n"
+        begin = time.monotonic()
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert time.monotonic() - begin < 5
+    assert "Traceback" not in err

@@ -1,0 +1,1 @@
+"""What happens on a rank. The only package that imports torch."""

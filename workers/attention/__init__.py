@@ -1,0 +1,1 @@
+"""Attention kernels behind one signature: attend(q, k, v) -> out, lse."""

@@ -1,0 +1,1 @@
+"""The shipped tiny text-to-video model."""

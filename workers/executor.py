@@ -1,0 +1,105 @@
+"""Runs one work item over a batch of RequestStates: encode, denoise, decode. Knows no scheduler and no sockets."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from runtime.models.card import Card
+from runtime.protocol import Decode, Denoise, Encode, FramesChunk, Release, WorkItem
+from workers.models.family import Family
+from workers.parallel.groups import Groups
+from workers.parallel.sequence import SOLO, SequenceParallel
+from workers.state import RequestState
+
+SendFrames = Callable[[str, FramesChunk, torch.Tensor], None]
+"""(gateway endpoint, header, uint8 pixels)."""
+
+JOINT_TOKENS = 32_768
+"""Guidance branches share one forward up to this many tokens in all: beyond it batching wins no speed, only memory."""
+
+
+class Executor:
+    """The states of the requests on this rank, and the modules that work on them."""
+
+    def __init__(
+        self, family: Family, card: Card, sequence: SequenceParallel, groups: Groups, send_frames: SendFrames
+    ) -> None:
+        self.states: dict[str, RequestState] = {}
+        self._family = family
+        self._card = card
+        self._sequence = sequence
+        self._groups = groups
+        self._send_frames = send_frames
+
+    def run(self, item: WorkItem) -> None:
+        """Carry out one item; may raise anything that a model can raise."""
+        with torch.inference_mode():
+            match item:
+                case Encode():
+                    self._encode(item)
+                case Denoise():
+                    self._denoise(item)
+                case Decode():
+                    self._decode(item)
+                case Release():
+                    for request_id in item.request_ids:
+                        self.states.pop(request_id, None)
+
+    def _encode(self, item: Encode) -> None:
+        since = time.monotonic()
+        embeddings = self._family.encode(item.requests)
+        for request, embedding in zip(item.requests, embeddings, strict=True):
+            generator = torch.Generator("cpu").manual_seed(request.params.seed)
+            state = self._family.prepare(request, embedding, generator)
+            state.spend("encode", since)
+            self.states[request.id] = state
+
+    def _denoise(self, item: Denoise) -> None:
+        since = time.monotonic()
+        states = [self.states[request_id] for request_id in item.request_ids]
+        group = self._groups.ulysses if item.layout.sp > 1 else SOLO
+        with self._sequence.over(group):
+            for _ in range(item.steps):
+                self.step(states)
+        for state in states:
+            state.spend("denoise", since)
+
+    def step(self, states: list[RequestState]) -> None:
+        """One denoising step of a batch: inputs -> forward -> guidance and solver, each request on its own schedule."""
+        branches = self._card.branches(states[0].params, states[0].step)
+        predictions: dict[str, torch.Tensor] = {}
+        for together in self._forwards(states, branches):
+            output = self._family.denoiser(**self._family.inputs(states, together))[0]
+            predictions |= dict(zip(together, output.split(len(states)), strict=True))
+        for row, state in enumerate(states):
+            self._family.advance(state, {branch: rows[row : row + 1] for branch, rows in predictions.items()})
+
+    def _forwards(self, states: list[RequestState], branches: tuple[str, ...]) -> list[tuple[str, ...]]:
+        """Which branches share a forward; decided from sizes alone, so that every rank and every run agree."""
+        tokens = self._card.tokens(states[0].params) * len(states) * len(branches)
+        return [branches] if tokens <= JOINT_TOKENS else [(branch,) for branch in branches]
+
+    def _decode(self, item: Decode) -> None:
+        state = self.states[item.request_id]
+        if state.decoder is None:
+            state.decoder = self._family.decode(state)
+        for _ in range(item.chunks):
+            since = time.monotonic()
+            frames = next(state.decoder)
+            state.spend("decode", since)
+            count, height, width, _ = frames.shape
+            header = FramesChunk(
+                item.request_id,
+                state.request.attempt,
+                state.frames_sent,
+                count,
+                state.params.num_frames,
+                height,
+                width,
+                state.timings,
+            )
+            state.frames_sent += count
+            self._send_frames(item.endpoint, header, frames)

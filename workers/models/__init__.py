@@ -1,0 +1,1 @@
+"""The torch half of every family, beside its card in runtime/models."""

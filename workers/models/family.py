@@ -1,0 +1,82 @@
+"""The contract of a family's torch half. No method knows ranks, sockets or other requests' results.
+
+A family wraps unmodified diffusers and transformers modules. Its card (runtime/models) says what can be known
+without weights; this half loads, encodes, prepares, feeds and advances one step, and decodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from runtime.config import Config
+from runtime.models.card import Card
+from runtime.protocol import Request, TokenizerExport
+from workers.models.wan import WanFamily
+from workers.parallel.sequence import SequencePlan
+from workers.state import RequestState
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Precisions:
+    """Names as in `Config`: fp32, bf16, fp16."""
+
+    dit: str
+    vae: str
+    text_encoder: str
+
+    @staticmethod
+    def resolve(config: Config, device: torch.device) -> Precisions:
+        """Unset: the denoiser bf16 on CUDA and fp32 on the CPU, the VAE fp32, encoders as the denoiser."""
+        dit = config.dit_precision or ("bf16" if device.type == "cuda" else "fp32")
+        encoders = config.text_encoder_precisions
+        return Precisions(dit, config.vae_precision or "fp32", encoders[0] if encoders else dit)
+
+
+class Family(Protocol):
+    """The torch half of a model family."""
+
+    denoiser: torch.nn.Module
+    sequence_plan: SequencePlan
+    attention_processor: type[Any]
+    """Made from an `Attend`; replaces the processors that `sequence_plan.self_attention` names."""
+
+    def tokenizers(self) -> tuple[TokenizerExport, ...]:
+        """What a gateway needs in order to tokenize for this model."""
+        ...
+
+    def encode(self, requests: Sequence[Request]) -> list[dict[str, torch.Tensor]]:
+        """Per request its embeddings by guidance branch: (1, text tokens, text dim)."""
+        ...
+
+    def prepare(
+        self, request: Request, embeddings: dict[str, torch.Tensor], generator: torch.Generator
+    ) -> RequestState:
+        """Initial noise at full shape from a CPU generator, and a solver of the request's own."""
+        ...
+
+    def inputs(self, states: Sequence[RequestState], branches: Sequence[str]) -> dict[str, Any]:
+        """Keyword arguments of one forward with ``len(branches) * len(states)`` rows, branch by branch."""
+        ...
+
+    def advance(self, state: RequestState, predictions: dict[str, torch.Tensor]) -> None:
+        """Combine the branches by the pipeline's own formula and take one solver step."""
+        ...
+
+    def decode(self, state: RequestState) -> Iterator[torch.Tensor]:
+        """uint8 (frames, height, width, 3) on the device, chunk by chunk as `card.decode_chunks` announces."""
+        ...
+
+
+def load_family(folder: Path, card: Card, config: Config, device: torch.device) -> tuple[Family, Precisions]:
+    """The family's modules with their weights on the device."""
+    precisions = Precisions.resolve(config, device)
+    dtypes = {name: DTYPES[getattr(precisions, name)] for name in ("dit", "vae", "text_encoder")}
+    assert card.family == "wan", card.family
+    return WanFamily.load(folder, card, config, device, dtypes), precisions

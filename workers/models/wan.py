@@ -1,0 +1,264 @@
+"""Wan text-to-video with diffusers' own modules, one step at a time. Sizes and limits are its card's business.
+
+Follows `diffusers.WanPipeline` formula by formula, so that the same seed gives the same video.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
+from diffusers.utils.torch_utils import randn_tensor
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from runtime.config import Config
+from runtime.models.card import Card
+from runtime.models.wan import TEXT_TOKENS
+from runtime.protocol import Request, TokenizerExport
+from workers.models.loading import load_scheduler
+from workers.parallel.sequence import SequencePlan
+from workers.state import RequestState
+
+PROMPTS = {"cond": "prompt", "uncond": "negative_prompt"}
+"""Guidance branch -> the request's text for it."""
+
+SEQUENCE_PLAN = SequencePlan(
+    split_outputs={"rope": 1},
+    split_inputs={"blocks.0": (0, 1)},
+    gather_outputs={"proj_out": 1},
+    self_attention=("blocks.*.attn1",),
+)
+"""Video tokens are split before the first block and gathered after the last projection; text stays whole."""
+
+
+class WanAttention:
+    """Attention processor of one Wan self-attention: projections, norms and rotary embedding around `attend`.
+
+    Shapes: hidden_states (B, S, H*D) -> (B, S, H*D), where S may be this rank's share of the tokens.
+    """
+
+    def __init__(self, attend: Any) -> None:
+        self._attend = attend
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        assert encoder_hidden_states is None, "cross-attention keeps diffusers' own processor"
+        assert attention_mask is None, "Wan's self-attention has no mask"
+        q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+        k = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
+        v = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
+        if rotary_emb is not None:
+            q, k = _rotate(q, *rotary_emb), _rotate(k, *rotary_emb)
+        out = self._attend(q, k, v).flatten(2, 3).type_as(q)
+        for layer in attn.to_out:
+            out = layer(out)
+        return out
+
+
+def _rotate(x_BSHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary embedding of interleaved pairs; cos and sin repeat each frequency twice: (1, S, 1, D)."""
+    even, odd = x_BSHD.unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = cos[..., 0::2], sin[..., 1::2]
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x_BSHD)
+
+
+@dataclass
+class WanFamily:
+    """The modules of one Wan T2V model on one rank."""
+
+    card: Card
+    device: torch.device
+    tokenizer: Any
+    text_encoder: Any
+    denoiser: Any
+    vae: Any
+    solver: Any
+    sequence_plan: SequencePlan = SEQUENCE_PLAN
+    attention_processor: type[Any] = WanAttention
+
+    @staticmethod
+    def load(
+        folder: Path, card: Card, config: Config, device: torch.device, dtypes: dict[str, torch.dtype]
+    ) -> WanFamily:
+        text_encoder = UMT5EncoderModel.from_pretrained(
+            folder / "text_encoder", dtype=dtypes["text_encoder"], use_safetensors=True
+        )
+        denoiser = WanTransformer3DModel.from_pretrained(
+            folder / "transformer", dtype=dtypes["dit"], use_safetensors=True
+        )
+        vae = AutoencoderKLWan.from_pretrained(folder / "vae", dtype=dtypes["vae"], use_safetensors=True)
+        if not config.vae_config.load_encoder:
+            # Text-to-video never encodes pixels.
+            vae.encoder = vae.quant_conv = None
+        if config.vae_tiling:
+            vae.enable_tiling(config.vae_config.tile_sample_min_height, config.vae_config.tile_sample_min_width)
+        return WanFamily(
+            card=card,
+            device=device,
+            tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+            text_encoder=text_encoder.to(device).eval(),
+            denoiser=denoiser.to(device).eval(),
+            vae=vae.to(device).eval(),
+            solver=load_scheduler(folder),
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the denoiser computes in; some of its weights stay fp32."""
+        return self.denoiser.patch_embedding.weight.dtype
+
+    def tokenizers(self) -> tuple[TokenizerExport, ...]:
+        return (TokenizerExport("text_encoder", self.tokenizer.backend_tokenizer.to_str(), TEXT_TOKENS),)
+
+    def encode(self, requests: Sequence[Request]) -> list[dict[str, torch.Tensor]]:
+        wanted = [(request, branch) for request in requests for branch in self.card.branches(request.params, 0)]
+        ids = [self._token_ids(request, PROMPTS[branch]) for request, branch in wanted]
+        unique = list(dict.fromkeys(ids))
+        rows = dict(zip(unique, self._embed(unique), strict=True))
+        embeddings: dict[str, dict[str, torch.Tensor]] = {request.id: {} for request in requests}
+        for (request, branch), tokens in zip(wanted, ids, strict=True):
+            embeddings[request.id][branch] = rows[tokens]
+        return [embeddings[request.id] for request in requests]
+
+    def _token_ids(self, request: Request, name: str) -> tuple[int, ...]:
+        known = request.token_ids.get("text_encoder", {}).get(name)
+        if known is not None:
+            return known
+        text = self.card.clean_prompt(getattr(request.params, name))
+        return tuple(self.tokenizer(text, truncation=True, max_length=TEXT_TOKENS).input_ids)
+
+    def _embed(self, prompts: list[tuple[int, ...]]) -> list[torch.Tensor]:
+        """(1, TEXT_TOKENS, text dim) per prompt, zero after its last token.
+
+        The pipeline pads to TEXT_TOKENS before the encoder and cuts the padding off after it; padding is masked there,
+        so the longest prompt of the batch is long enough.
+        """
+        longest = max(len(ids) for ids in prompts)
+        ids = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in prompts], device=self.device)
+        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in prompts], device=self.device)
+        hidden = self.text_encoder(ids, mask).last_hidden_state
+        padded = hidden.new_zeros(len(prompts), TEXT_TOKENS, hidden.shape[-1])
+        for row, tokens in enumerate(prompts):
+            padded[row, : len(tokens)] = hidden[row, : len(tokens)]
+        return list(padded.to(self.dtype).split(1))
+
+    def prepare(
+        self, request: Request, embeddings: dict[str, torch.Tensor], generator: torch.Generator
+    ) -> RequestState:
+        solver = copy.deepcopy(self.solver)
+        solver.set_timesteps(request.params.num_inference_steps, device=self.device)
+        solver.set_begin_index(0)
+        latents = randn_tensor(
+            self.card.latent_shape(request.params), generator=generator, device=self.device, dtype=torch.float32
+        )
+        return RequestState(request, latents, solver, embeddings)
+
+    def inputs(self, states: Sequence[RequestState], branches: Sequence[str]) -> dict[str, Any]:
+        rows = [(state, branch) for branch in branches for state in states]
+        return {
+            "hidden_states": torch.cat([state.latents.to(self.dtype) for state, _ in rows]),
+            "timestep": torch.stack([state.timestep for state, _ in rows]),
+            "encoder_hidden_states": torch.cat([state.embeddings[branch] for state, branch in rows]),
+            "return_dict": False,
+        }
+
+    def advance(self, state: RequestState, predictions: dict[str, torch.Tensor]) -> None:
+        prediction = predictions["cond"]
+        if "uncond" in predictions:
+            uncond = predictions["uncond"]
+            prediction = uncond + state.params.guidance_scale * (prediction - uncond)
+        state.latents = state.solver.step(prediction, state.timestep, state.latents, return_dict=False)[0]
+        state.step += 1
+
+    def decode(self, state: RequestState) -> Iterator[torch.Tensor]:
+        latents = state.latents.to(self.vae.dtype)
+        config = self.vae.config
+        mean = latents.new_tensor(config.latents_mean).view(1, -1, 1, 1, 1)
+        std = 1.0 / latents.new_tensor(config.latents_std).view(1, -1, 1, 1, 1)
+        decoder = StreamDecoder(self.vae, latents / std + mean)
+        for index in range(latents.shape[2]):
+            pixels = decoder.frame(index)
+            unit = (pixels[0] * 0.5 + 0.5).clamp(0, 1)
+            yield (unit.float() * 255).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+
+class StreamDecoder:
+    """Wan's causal decoder, one latent frame per call, with the feature cache outside the module.
+
+    Bitwise what `vae.decode` gives for all frames at once; several decodes can be open on one VAE. With tiling on and
+    a frame larger than the tile, every tile has a cache of its own and frames are blended as `vae.tiled_decode` does.
+    """
+
+    def __init__(self, vae: Any, latents: torch.Tensor) -> None:
+        self._vae = vae
+        self._latents = latents
+        self._windows = self._tile_windows()
+        convolutions = sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
+        self._caches = [[[None] * convolutions for _ in row] for row in self._windows]
+        # Frame by frame or all at once, a 1x1x1 convolution is the same; with tiles it belongs to each tile.
+        self._hidden = latents if self._tiled else vae.post_quant_conv(latents)
+
+    def frame(self, index: int) -> torch.Tensor:
+        """(1, 3, frames, height, width) in [-1, 1]: 1 frame for index 0, `scale_factor_temporal` after."""
+        rows = [
+            [self._tile(index, window, cache) for window, cache in zip(windows, caches, strict=True)]
+            for windows, caches in zip(self._windows, self._caches, strict=True)
+        ]
+        out = self._blend(rows) if self._tiled else rows[0][0]
+        if self._vae.config.patch_size is not None:
+            out = unpatchify(out, patch_size=self._vae.config.patch_size)
+        return out.clamp(-1.0, 1.0)
+
+    @property
+    def _tiled(self) -> bool:
+        return len(self._windows) > 1 or len(self._windows[0]) > 1
+
+    def _tile_windows(self) -> list[list[tuple[slice, slice]]]:
+        height, width = self._latents.shape[-2:]
+        vae, ratio = self._vae, self._vae.spatial_compression_ratio
+        tile_h, tile_w = vae.tile_sample_min_height // ratio, vae.tile_sample_min_width // ratio
+        if not vae.use_tiling or (height <= tile_h and width <= tile_w):
+            return [[(slice(None), slice(None))]]
+        rows = range(0, height, vae.tile_sample_stride_height // ratio)
+        columns = range(0, width, vae.tile_sample_stride_width // ratio)
+        return [[(slice(i, i + tile_h), slice(j, j + tile_w)) for j in columns] for i in rows]
+
+    def _tile(self, index: int, window: tuple[slice, slice], cache: list[Any]) -> torch.Tensor:
+        rows, columns = window
+        hidden = self._hidden[:, :, index : index + 1, rows, columns]
+        if self._tiled:
+            hidden = self._vae.post_quant_conv(hidden)
+        first = {"first_chunk": True} if index == 0 else {}
+        out: torch.Tensor = self._vae.decoder(hidden, feat_cache=cache, feat_idx=[0], **first)
+        return out
+
+    def _blend(self, rows: list[list[torch.Tensor]]) -> torch.Tensor:
+        """Cross-fade overlapping tiles; before unpatchify, so all pixel sizes are divided by the VAE's patch size."""
+        vae, patch = self._vae, self._vae.config.patch_size or 1
+        stride_h, stride_w = vae.tile_sample_stride_height // patch, vae.tile_sample_stride_width // patch
+        fade_h, fade_w = vae.tile_sample_min_height // patch - stride_h, vae.tile_sample_min_width // patch - stride_w
+        bands = []
+        for i, row in enumerate(rows):
+            band = []
+            for j, tile in enumerate(row):
+                if i > 0:
+                    vae.blend_v(rows[i - 1][j], tile, fade_h)
+                if j > 0:
+                    vae.blend_h(row[j - 1], tile, fade_w)
+                band.append(tile[..., :stride_h, :stride_w])
+            bands.append(torch.cat(band, dim=-1))
+        ratio = vae.spatial_compression_ratio // patch
+        height, width = self._latents.shape[-2] * ratio, self._latents.shape[-1] * ratio
+        return torch.cat(bands, dim=-2)[..., :height, :width]

@@ -1,0 +1,1 @@
+"""One parallel technique per file; shapes before -> after open each."""

@@ -1,0 +1,56 @@
+"""From a configuration to an executor on one rank: device, process groups, weights, hooks, in that order."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from runtime.config import Config
+from runtime.models.card import Card, read_configs
+from runtime.protocol import ModelInfo
+from workers.attention.backends import choose
+from workers.executor import Executor
+from workers.frames import FrameSender
+from workers.models.family import Family, Precisions, load_family
+from workers.parallel.groups import init_distributed, make_groups
+from workers.parallel.sequence import SequenceParallel
+
+
+def pick_device(config: Config) -> torch.device:
+    """CUDA as the launcher resolved it (one GPU per local rank), else the CPU."""
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    return device
+
+
+def build_executor(
+    config: Config, folder: Path, card: Card, device: torch.device, rank: int, sender: FrameSender
+) -> tuple[Executor, Family, Precisions]:
+    layout = config.layout
+    if layout.num_ranks > 1:
+        init_distributed(device, config.dist_timeout)
+    groups = make_groups(layout, rank)
+    family, precisions = load_family(folder, card, config, device)
+    attend = choose(config.attention_backend)
+    sequence = SequenceParallel(family.denoiser, family.sequence_plan, attend, family.attention_processor)
+    return Executor(family, card, sequence, groups, sender.send), family, precisions
+
+
+def describe_model(
+    config: Config, folder: Path, family: Family, precisions: Precisions, device: torch.device
+) -> ModelInfo:
+    """What rank 0 exports to the mesh."""
+    return ModelInfo(
+        name=config.model_name,
+        model_path=config.model_path,
+        configs=read_configs(folder),
+        tokenizers=family.tokenizers(),
+        dit_precision=precisions.dit,
+        vae_precision=precisions.vae,
+        device=device.type,
+        layout=config.layout,
+    )
