@@ -1,4 +1,4 @@
-"""The SDK's Generator: a gateway without a port, over a mesh that it starts and stops. One path, not an offline copy."""
+"""The SDK's Generator: a gateway without a port, over a mesh that it starts and stops."""
 
 from __future__ import annotations
 

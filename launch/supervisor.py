@@ -98,12 +98,14 @@ class Supervisor:
         """
         assert self._trouble is not None
         ready = asyncio.create_task(self._ready.wait())
-        done, _ = await asyncio.wait(
-            {ready, self._trouble}, timeout=self.config.start_timeout, return_when=asyncio.FIRST_COMPLETED
+        broken = asyncio.create_task(self.watch())
+        done, waiting = await asyncio.wait(
+            {ready, broken}, timeout=self.config.start_timeout, return_when=asyncio.FIRST_COMPLETED
         )
-        ready.cancel()
-        if self._trouble in done:
-            raise StartFailed(self._trouble.result())
+        for task in waiting:
+            task.cancel()
+        if broken in done:
+            broken.result()
         if not done:
             raise StartFailed(f"the workers were not ready after {self.config.start_timeout} s (--start-timeout)")
 

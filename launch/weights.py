@@ -21,6 +21,7 @@ from runtime.models.card import read_configs
 
 # Exact names: they leave out the variants (model.fp16.safetensors) that would be downloaded beside the full weights.
 _WEIGHTS = re.compile(r"(model|diffusion_pytorch_model)(-\d{5}-of-\d{5})?\.safetensors")
+_TOP_FILES = ("model_index.json", "framemesh.json")
 _SIDE_FILES = (".json", ".txt", ".model")
 _PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -124,8 +125,7 @@ def _downloaded(repo_id: str, revision: str | None, progress: bool) -> Path:
     from huggingface_hub.utils import disable_progress_bars
 
     with disable_progress_bars():
-        top_files = ["model_index.json", "framemesh.json"]
-        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=top_files))
+        folder = Path(snapshot_download(repo_id, revision=revision, allow_patterns=list(_TOP_FILES)))
     if not (folder / "model_index.json").is_file():
         raise InvalidInput("model_path", f"{repo_id} has no model_index.json, so it is no diffusers pipeline")
     with nullcontext() if progress and sys.stderr.isatty() else disable_progress_bars():
@@ -146,7 +146,7 @@ def _needed_files(repo_id: str, snapshot: Path) -> list[str]:
     except errors.CachedRepoTreeNotFoundError:
         # Snapshots of huggingface_hub 1 and before have none; read_configs still checks their weights.
         return []
-    needed = []
+    needed = [path for path in paths if path in _TOP_FILES]
     for component in _components(snapshot):
         names = [path.removeprefix(f"{component}/") for path in paths if os.path.dirname(path) == component]
         _check_weights(repo_id, component, names)
@@ -158,8 +158,10 @@ def _components(snapshot: Path) -> list[str]:
     try:
         index = json.loads((snapshot / "model_index.json").read_text(encoding="utf-8"))
     except ValueError:
+        index = None
+    if not isinstance(index, dict):
         return []  # read_configs says what is wrong with it
-    return [name for name, source in index.items() if isinstance(source, list) and source[0] is not None]
+    return [name for name, source in index.items() if isinstance(source, list) and source[:1] not in ([], [None])]
 
 
 def _check_weights(repo_id: str, component: str, names: list[str]) -> None:

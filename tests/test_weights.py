@@ -263,9 +263,11 @@ def test_unusable_weights_are_refused_before_any_download(hub, host, only):
 def test_what_is_no_pipeline_or_no_hub_is_named(hub, host):
     hub.repos["org/other"] = Repo({"main": {"config.json": b"{}", "model.safetensors": b""}})
     hub.repos["org/broken"] = Repo({"main": {"model_index.json": b"{"}})
-    outcome = host.resolve(("org/other",), ("org/broken",))
+    hub.repos["org/list"] = Repo({"main": {"model_index.json": b"[]"}})
+    outcome = host.resolve(("org/other",), ("org/broken",), ("org/list",))
     assert "org/other has no model_index.json" in outcome.error()
     assert "cannot be read as JSON" in outcome.error(1)
+    assert "holds no JSON object" in outcome.error(2)
     hub.status = 200
     assert "check HF_ENDPOINT" in host.resolve(("org/tiny",)).error()
 

@@ -1,0 +1,196 @@
+"""What the commands do once everything was checked: stay up, run one prompt over HTTP, or generate without a port."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+from launch.client import Client
+from launch.generator import Generator, Result
+from launch.progress import ProgressView
+from launch.supervisor import Supervisor
+from runtime.config import Config
+from runtime.errors import FramemeshError, RequestFailed
+from runtime.protocol import MeshState, Progress
+from runtime.sampling import SamplingParams
+
+INTERRUPTED = 130
+DRAIN_S = 3.0
+"""How long idle ranks get to leave by themselves at the end."""
+
+
+def serve(config: Config, folder: Path) -> int:
+    """Stay up until SIGINT or SIGTERM; prints the URL once requests can be served."""
+    return asyncio.run(_serve(config, folder))
+
+
+def run_once(config: Config, folder: Path, params: SamplingParams, file_name: str | None) -> int:
+    """A server, one prompt over HTTP, the video and a contact sheet on disk, everything stopped."""
+    return asyncio.run(_run_once(config, folder, params, file_name))
+
+
+def generate_once(config: Config, folder: Path, params: SamplingParams, file_name: str | None, save: bool) -> int:
+    """One generation without an HTTP server."""
+    with _sigterm_as_interrupt(), ProgressView() as view:
+        with Generator(config, folder, on_state=lambda state: _show_start(view, state)) as generator:
+            result = generator.generate(params, on_event=lambda event: _show_event(view, event))
+        if save:
+            video, sheet = _target(config, params, result.metadata["seed"], file_name)
+            _write_video(result, video)
+            _write_sheet(video, sheet)
+    if save:
+        _report(video, sheet, result.metadata["seed"], result.metadata["timings"])
+    return 0
+
+
+async def _serve(config: Config, folder: Path) -> int:
+    supervisor = Supervisor(config, folder, with_gateway=True, quiet=False)
+
+    async def work() -> int:
+        await supervisor.start()
+        _say(f"{supervisor.devices_reason}; loading {config.model_path}")
+        await supervisor.wait_ready()
+        print(f"framemesh serves {config.model_name} at {supervisor.url}", flush=True)
+        await supervisor.watch()
+        return 1
+
+    code = await _until_signal(supervisor, work())
+    return 0 if code == INTERRUPTED else code
+
+
+async def _run_once(config: Config, folder: Path, params: SamplingParams, file_name: str | None) -> int:
+    supervisor = Supervisor(config, folder, with_gateway=True, quiet=True)
+    with ProgressView() as view:
+        supervisor.on_state = lambda state: _show_start(view, state)
+
+        async def work() -> int:
+            await supervisor.start()
+            await supervisor.wait_ready()
+            broken = asyncio.create_task(supervisor.watch())
+            video = asyncio.create_task(asyncio.to_thread(_one_video, supervisor.url, config, params, file_name, view))
+            await asyncio.wait({broken, video}, return_when=asyncio.FIRST_COMPLETED)
+            if broken.done():
+                broken.result()
+            broken.cancel()
+            view.stage("stopping")
+            _report(*video.result())
+            return 0
+
+        return await _until_signal(supervisor, work())
+
+
+async def _until_signal(supervisor: Supervisor, work: Coroutine[Any, Any, int]) -> int:
+    """The work's exit code, or 130 when a signal came first; the mesh is stopped either way."""
+    signalled = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, signalled.set)
+    task, waiter = asyncio.create_task(work), asyncio.create_task(signalled.wait())
+    try:
+        await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        _say("stopping")
+        return INTERRUPTED
+    finally:
+        waiter.cancel()
+        task.cancel()
+        await supervisor.drain(DRAIN_S)
+        await supervisor.stop()
+        with contextlib.suppress(asyncio.CancelledError, FramemeshError):
+            await task
+
+
+def _one_video(
+    url: str, config: Config, params: SamplingParams, file_name: str | None, view: ProgressView
+) -> tuple[Path, Path, int, dict[str, float]]:
+    """One prompt over HTTP: (video, contact sheet, seed, timings)."""
+    sent = time.monotonic()
+    first_frame = 0.0
+    with Client(url) as client:
+        job = client.create(params)
+        for name, data in client.events(job["id"]):
+            if name == "queued":
+                view.stage("queued", eta_s=data.get("eta_s"))
+            elif name == "stage":
+                view.stage(data["stage"])
+            elif name == "step":
+                view.stage(data.get("stage", "denoise"), data["step"], data["total_steps"], data["eta_s"])
+            elif name == "frames":
+                first_frame = first_frame or time.monotonic() - sent
+                view.frames(data["first"] + data["count"], data["total"])
+            elif name == "error":
+                raise RequestFailed(job["id"], data["error"]["code"], data["error"]["message"])
+        done = client.retrieve(job["id"])
+        video, sheet = _target(config, params, done["seed"], file_name)
+        client.download(job["id"], video)
+    _write_sheet(video, sheet)
+    timings = {**done["timings"], "first frame after": first_frame, "done after": time.monotonic() - sent}
+    return video, sheet, done["seed"], timings
+
+
+def _target(config: Config, params: SamplingParams, seed: int, file_name: str | None) -> tuple[Path, Path]:
+    """(video, contact sheet) in the output folder, which is made if need be."""
+    slug = re.sub(r"[^a-z0-9]+", "-", params.prompt.lower()).strip("-")[:60] or "video"
+    video = Path(config.output_path) / (file_name or f"{slug}-{seed}.mp4")
+    video.parent.mkdir(parents=True, exist_ok=True)
+    return video, video.with_suffix(".png")
+
+
+def _write_video(result: Result, video: Path) -> None:
+    from gateway.media.mp4 import FragmentWriter, remux_faststart
+
+    _, height, width, _ = result.frames.shape
+    with tempfile.TemporaryDirectory(prefix="framemesh-") as folder:
+        growing = Path(folder) / "video.mp4"
+        with FragmentWriter(growing, width, height, result.metadata["fps"], result.metadata) as writer:
+            writer.write(result.frames)
+        remux_faststart(growing, video)
+
+
+def _write_sheet(video: Path, sheet: Path) -> None:
+    from gateway.media.mp4 import read_frames
+    from gateway.media.stills import contact_sheet, png
+
+    sheet.write_bytes(png(contact_sheet(read_frames(video))))
+
+
+def _report(video: Path, sheet: Path, seed: int, timings: dict[str, float]) -> None:
+    print(f"video          {video}\ncontact sheet  {sheet}\nseed           {seed}")
+    print("timings        " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in timings.items()), flush=True)
+
+
+def _show_start(view: ProgressView, state: MeshState) -> None:
+    if not state.ready:
+        view.stage("start", state.ranks_ready, state.num_ranks)
+
+
+def _show_event(view: ProgressView, event: object) -> None:
+    from gateway.mesh import Frames
+
+    if isinstance(event, Progress):
+        view.stage(event.stage, event.step, event.total_steps, event.eta_s)
+    elif isinstance(event, Frames):
+        view.frames(event.first + event.count, event.total)
+
+
+@contextlib.contextmanager
+def _sigterm_as_interrupt() -> Iterator[None]:
+    """SIGTERM unwinds the stack as Ctrl-C does, so that every child is stopped."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
