@@ -7,7 +7,7 @@ items is what the mesh waits for: a chunk counts as stored when the consumer com
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -75,6 +75,8 @@ class _Inbox:
     request: Request
     events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
     next_frame: int = 0
+    unconsumed: int = 0
+    """Chunks that were accepted and whose credits have not gone back yet."""
 
 
 class Mesh:
@@ -96,6 +98,7 @@ class Mesh:
         self.state = MeshState(False, "the scheduler has not answered yet", 0, 0)
         self.model: ModelInfo | None = None
         self.card: Card | None = None
+        self._lost: Exception | None = None
         self.dropped_chunks = 0
 
     async def start(self) -> None:
@@ -127,6 +130,11 @@ class Mesh:
                 f"{state.reason}"
             ) from error
 
+    async def wait_model(self) -> None:
+        """Until `request()` can tokenize, however long that takes."""
+        async with self._changed:
+            await self._changed.wait_for(lambda: self._tokenizer is not None)
+
     def request(self, request_id: str, params: ResolvedParams) -> Request:
         """A tokenized request.
 
@@ -138,7 +146,7 @@ class Mesh:
             raise NotReady(self.state.reason)
         return Request(request_id, params, self._tokenizer.tokenize(params))
 
-    async def run(self, request: Request) -> AsyncIterator[Event]:
+    async def run(self, request: Request) -> AsyncGenerator[Event, None]:
         """Progress and frames until Completed. Leaving the loop early cancels the request.
 
         Raises:
@@ -147,6 +155,8 @@ class Mesh:
         inbox = _Inbox(request)
         self._inboxes[request.id] = inbox
         ended = False
+        if self._lost is not None:
+            inbox.events.put_nowait(self._lost)
         try:
             self._submit(request)
             while not ended:
@@ -157,24 +167,31 @@ class Mesh:
                 ended = isinstance(event, Completed)
                 yield event
                 if isinstance(event, Frames):
-                    await self._consumed(request, event)
+                    await self._consumed(inbox, event)
         finally:
             del self._inboxes[request.id]
-            if not ended:
+            if inbox.unconsumed:
+                await self._control.send(Grant(inbox.unconsumed))
+            if request in self._outbox:
+                # A cancel that overtakes its submit is a cancel of nothing: the request would run for nobody.
+                self._outbox.remove(request)
+            elif not ended:
                 await self.cancel(request.id, "the submitter left")
 
     async def cancel(self, request_id: str, reason: str) -> None:
         await self._control.send(Cancel(request_id, reason))
 
     def abort(self, error: Exception) -> None:
-        """End every running request with this error."""
+        """The mesh is lost for good: end every running request with this error, and every later one."""
+        self._lost = error
         for request_id in list(self._inboxes):
             self._deliver(request_id, error)
 
-    async def _consumed(self, request: Request, frames: Frames) -> None:
+    async def _consumed(self, inbox: _Inbox, frames: Frames) -> None:
+        inbox.unconsumed -= 1
         await self._control.send(Grant(1))
         if frames.last:
-            await self._control.send(Stored(request.id))
+            await self._control.send(Stored(inbox.request.id))
 
     def _submit(self, request: Request) -> None:
         self._outbox.append(request)
@@ -185,7 +202,8 @@ class Mesh:
         """What arrives within the delay goes out as one message, so that it is encoded together."""
         await asyncio.sleep(self._delay_s)
         batch, self._outbox = tuple(self._outbox), []
-        await self._control.send(Submit(batch))
+        if batch:
+            await self._control.send(Submit(batch))
 
     async def _hear_scheduler(self) -> None:
         while True:
@@ -236,6 +254,7 @@ class Mesh:
             log.warning("dropped: frames of the wrong size", request=chunk.request_id)
             return None
         inbox.next_frame += chunk.count
+        inbox.unconsumed += 1
         pixels = np.frombuffer(received.payload, dtype=np.uint8).reshape(shape)
         return Frames(chunk.first_frame, chunk.total, pixels, chunk.timings)
 

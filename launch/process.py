@@ -78,8 +78,8 @@ class Child:
         return await self._process.wait()
 
     async def stop(self, grace_s: float) -> None:
-        """SIGTERM, then after the grace SIGKILL for its whole session."""
-        if self.running:
+        """SIGTERM, then after the grace SIGKILL for its whole session; without a grace SIGKILL at once."""
+        if self.running and grace_s > 0:
             self._process.terminate()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._process.wait(), grace_s)

@@ -34,7 +34,8 @@ from runtime.wire import AsyncChannel, incarnation
 CRASH_LOOP = 3
 CRASH_WINDOW_S = 300.0
 """So many losses of the worker group within this time end the mesh with the last error."""
-GRACE_S = 5.0
+GRACE_S = {"gateway": 5.0, "scheduler": 1.0}
+"""Between SIGTERM and SIGKILL. torchrun has nothing to tidy up: its ranks die with it, and it would print a traceback."""
 
 log = get_logger("supervisor")
 
@@ -119,8 +120,9 @@ class Supervisor:
         raise StartFailed(await asyncio.shield(self._trouble))
 
     async def drain(self, timeout_s: float) -> None:
-        """Let running work end and the ranks leave by themselves."""
-        assert self._control is not None
+        """Let running work end and the ranks leave by themselves; does nothing before they were ready."""
+        if self._control is None or not self._ready.is_set():
+            return
         with contextlib.suppress(TimeoutError, PeerGone):
             await self._control.send(Drain())
             async with asyncio.timeout(timeout_s):
@@ -130,7 +132,7 @@ class Supervisor:
         """End every process and remove every socket; safe to call at any time."""
         for task in [*self._exits, *([self._listener] if self._listener else [])]:
             task.cancel()
-        await asyncio.gather(*(child.stop(GRACE_S) for child in reversed(self._children)))
+        await asyncio.gather(*(child.stop(GRACE_S.get(child.name, 0.0)) for child in self._children))
         if self._control is not None:
             self._control.close()
         shutil.rmtree(self._run_dir, ignore_errors=True)

@@ -28,11 +28,11 @@ def pick_device(config: Config) -> torch.device:
 
 
 def build_executor(
-    config: Config, folder: Path, card: Card, device: torch.device, rank: int, sender: FrameSender
+    config: Config, folder: Path, card: Card, device: torch.device, rank: int, generation: int, sender: FrameSender
 ) -> tuple[Executor, Family, Precisions]:
     layout = config.layout
     if layout.num_ranks > 1:
-        init_distributed(device, config.dist_timeout)
+        init_distributed(device, config.dist_timeout, generation)
     groups = make_groups(layout, rank)
     family, precisions = load_family(folder, card, config, device)
     attend = choose(config.attention_backend)

@@ -11,7 +11,6 @@ from runtime.protocol import (
     Denoise,
     Done,
     FromScheduler,
-    FromWorker,
     Heartbeat,
     ItemFailed,
     Release,
@@ -21,8 +20,11 @@ from runtime.protocol import (
 )
 from runtime.wire import Channel
 from workers.executor import Executor
+from workers.seat import Seat, WorkerChannel
 
 HEARTBEAT_S = 1.0
+MAX_REASON = 300
+"""Characters of an error that travel; the log has all of it."""
 
 log = get_logger("worker")
 
@@ -34,35 +36,24 @@ class GroupBroken(Exception):
 class Heart(threading.Thread):
     """Tells the scheduler once a second that the process lives, from a socket of its own."""
 
-    def __init__(self, endpoint: str, identity: bytes, rank: int, generation: int) -> None:
+    def __init__(self, seat: Seat) -> None:
         super().__init__(name="heart", daemon=True)
-        self._endpoint = endpoint
-        self._identity = identity + b"/heart"
-        self._rank = rank
-        self._generation = generation
-        self.epoch = threading.Event()
-        self.epoch_value = 0
+        self._seat = seat
         self.busy_seq = -1
 
-    def start_beating(self, epoch: int) -> None:
-        self.epoch_value = epoch
-        self.epoch.set()
-
     def run(self) -> None:
-        self.epoch.wait()
-        channel: Channel[FromWorker, FromScheduler] = Channel.connect(self._endpoint, FromScheduler, self._identity)
-        channel.set_epoch(self.epoch_value)
+        seat = self._seat
+        channel: WorkerChannel = Channel.connect(seat.scheduler, FromScheduler, seat.identity + b"/heart")
+        channel.set_epoch(seat.epoch)
         while True:
-            channel.send(Heartbeat(self._rank, self._generation, self.busy_seq))
+            channel.send(Heartbeat(seat.rank, seat.generation, self.busy_seq))
             time.sleep(HEARTBEAT_S)
 
 
 class Worker:
     """The control loop of one rank."""
 
-    def __init__(
-        self, rank: int, channel: Channel[FromWorker, FromScheduler], executor: Executor, heart: Heart
-    ) -> None:
+    def __init__(self, rank: int, channel: WorkerChannel, executor: Executor, heart: Heart) -> None:
         self._rank = rank
         self._channel = channel
         self._executor = executor
@@ -96,7 +87,7 @@ class Worker:
         except Exception as error:
             broken = isinstance(item, Denoise) and len(item.ranks) > 1
             log.error("item failed", seq=item.seq, error=str(error), trace=traceback.format_exc())
-            reason = f"{type(error).__name__}: {error}"
+            reason = f"{type(error).__name__}: {error}"[:MAX_REASON]
             self._channel.send(ItemFailed(self._rank, item.seq, failure_code(error), reason, broken))
             if broken:
                 raise GroupBroken(reason) from error

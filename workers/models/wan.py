@@ -125,8 +125,7 @@ class WanFamily:
     def encode(self, requests: Sequence[Request]) -> list[dict[str, torch.Tensor]]:
         wanted = [(request, branch) for request in requests for branch in self.card.branches(request.params, 0)]
         ids = [self._token_ids(request, PROMPTS[branch]) for request, branch in wanted]
-        unique = list(dict.fromkeys(ids))
-        rows = dict(zip(unique, self._embed(unique), strict=True))
+        rows = {tokens: self._embed(tokens) for tokens in dict.fromkeys(ids)}
         embeddings: dict[str, dict[str, torch.Tensor]] = {request.id: {} for request in requests}
         for (request, branch), tokens in zip(wanted, ids, strict=True):
             embeddings[request.id][branch] = rows[tokens]
@@ -139,20 +138,17 @@ class WanFamily:
         text = self.card.clean_prompt(getattr(request.params, name))
         return tuple(self.tokenizer(text, truncation=True, max_length=TEXT_TOKENS).input_ids)
 
-    def _embed(self, prompts: list[tuple[int, ...]]) -> list[torch.Tensor]:
-        """(1, TEXT_TOKENS, text dim) per prompt, zero after its last token.
+    def _embed(self, tokens: tuple[int, ...]) -> torch.Tensor:
+        """(1, TEXT_TOKENS, text dim), zero after the last token.
 
-        The pipeline pads to TEXT_TOKENS before the encoder and cuts the padding off after it; padding is masked there,
-        so the longest prompt of the batch is long enough.
+        The pipeline pads to TEXT_TOKENS before the encoder, masks the padding there and cuts it off afterwards, so it
+        need not be there at all. One prompt per forward: its embedding does not depend on its neighbours, to the bit.
         """
-        longest = max(len(ids) for ids in prompts)
-        ids = torch.tensor([[*ids, *[0] * (longest - len(ids))] for ids in prompts], device=self.device)
-        mask = torch.tensor([[1] * len(ids) + [0] * (longest - len(ids)) for ids in prompts], device=self.device)
-        hidden = self.text_encoder(ids, mask).last_hidden_state
-        padded = hidden.new_zeros(len(prompts), TEXT_TOKENS, hidden.shape[-1])
-        for row, tokens in enumerate(prompts):
-            padded[row, : len(tokens)] = hidden[row, : len(tokens)]
-        return list(padded.to(self.dtype).split(1))
+        ids = torch.tensor([tokens], device=self.device)
+        hidden = self.text_encoder(ids, torch.ones_like(ids)).last_hidden_state
+        padded = hidden.new_zeros(1, TEXT_TOKENS, hidden.shape[-1])
+        padded[:, : len(tokens)] = hidden
+        return padded.to(self.dtype)
 
     def prepare(
         self, request: Request, embeddings: dict[str, torch.Tensor], generator: torch.Generator

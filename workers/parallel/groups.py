@@ -7,6 +7,8 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from runtime.layout import Layout
 from workers.parallel.comm import Group
@@ -19,9 +21,20 @@ class Groups:
     ulysses: Group
 
 
-def init_distributed(device: torch.device, timeout_s: int) -> None:
-    """Join the process group that torchrun's environment describes: NCCL for CUDA, gloo for CPUs."""
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=datetime.timedelta(seconds=timeout_s))
+def init_distributed(device: torch.device, timeout_s: int, generation: int) -> None:
+    """Join the process group that torchrun's environment describes: NCCL for CUDA, gloo for CPUs.
+
+    torchrun keeps one store over all restarts of the group; without a prefix of its own a restarted rank would read
+    the addresses of dead ones.
+    """
+    store, rank, num_ranks = next(rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_s)))
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo",
+        store=PrefixStore(f"generation{generation}", store),
+        rank=rank,
+        world_size=num_ranks,
+        timeout=datetime.timedelta(seconds=timeout_s),
+    )
 
 
 def make_groups(layout: Layout, rank: int) -> Groups:

@@ -1,0 +1,45 @@
+# Two commands do everything: `make run` and `make test`. Each sets itself up in .venv, nothing is global.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PROMPT ?= a red circle moving right
+
+.PHONY: run serve test check bench clean
+.DELETE_ON_ERROR:
+
+run: $(VENV)/.run  ## one prompt over HTTP through a 2-rank mesh; a video and a contact sheet in outputs/
+	$(BIN)/framemesh run --num-gpus 2 --port 0 --prompt "$(PROMPT)" $(ARGS)
+
+serve: $(VENV)/.run  ## stay up and print the URL
+	$(BIN)/framemesh serve --num-gpus 2 $(ARGS)
+
+test: check  ## everything CI runs
+	$(BIN)/python -m pytest $(ARGS)
+
+check: $(VENV)/.test  ## style and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.test  ## every number of bench/results/, measured again
+	$(BIN)/python -m bench.latency
+	$(BIN)/python -m bench.gaps
+	$(BIN)/python -m bench.idle
+
+# The CPU build of torch satisfies the pin where that is what the index offers; a CUDA machine gets the CUDA build.
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(None if (3, 11) <= sys.version_info[:2] <= (3, 13) else "framemesh needs Python 3.11 to 3.13, this is " + sys.version.split()[0] + "; set PYTHON=python3.11")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+$(VENV)/.run: pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --quiet torch==2.13.0
+	$(BIN)/python -m pip install --quiet --editable .
+	touch $@
+
+$(VENV)/.test: pyproject.toml $(VENV)/.run
+	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

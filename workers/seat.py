@@ -1,0 +1,41 @@
+"""A rank's place in the mesh: who it is, and the hello that makes the scheduler know it. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import socket
+from dataclasses import dataclass
+
+from runtime.protocol import FromScheduler, FromWorker, Welcome, WorkerHello
+from runtime.wire import Channel, incarnation
+
+WorkerChannel = Channel[FromWorker, FromScheduler]
+
+
+@dataclass(frozen=True)
+class Seat:
+    """One life of one rank."""
+
+    scheduler: str
+    """The scheduler's endpoint."""
+    identity: bytes
+    rank: int
+    num_ranks: int
+    generation: int
+    """How often torchrun restarted the group."""
+    epoch: int
+    """The scheduler's."""
+
+
+def take_seat(scheduler: str) -> tuple[Seat, WorkerChannel]:
+    """Say hello with what torchrun's environment says, and wait for the scheduler to answer."""
+    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    generation = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    identity = incarnation(f"worker{rank}")
+    channel: WorkerChannel = Channel.connect(scheduler, FromScheduler, identity)
+    channel.send(WorkerHello(rank, num_ranks, generation, socket.gethostname(), os.getpid()))
+    received = channel.receive()
+    assert received is not None
+    assert isinstance(received.message, Welcome), received.message
+    channel.set_epoch(received.message.epoch)
+    return Seat(scheduler, identity, rank, num_ranks, generation, received.message.epoch), channel
