@@ -56,4 +56,4 @@ class ProgressView:
         self._bar.update(self._task, description=description, completed=step, total=max(total, 1), eta=eta)
 
     def frames(self, arrived: int, total: int) -> None:
-        self._bar.update(self._task, frames=f"frames {arrived}/{total}")
+        self._bar.update(self._task, completed=arrived, total=total, eta="", frames=f"frames {arrived}/{total}")

@@ -68,6 +68,7 @@ async def _serve(config: Config, folder: Path) -> int:
 
 async def _run_once(config: Config, folder: Path, params: SamplingParams, file_name: str | None) -> int:
     supervisor = Supervisor(config, folder, with_gateway=True, quiet=True)
+    made: list[tuple[Path, Path, int, dict[str, float]]] = []
     with ProgressView() as view:
         supervisor.on_state = lambda state: _show_start(view, state)
 
@@ -81,10 +82,13 @@ async def _run_once(config: Config, folder: Path, params: SamplingParams, file_n
                 broken.result()
             broken.cancel()
             view.stage("stopping")
-            _report(*video.result())
+            made.append(video.result())
             return 0
 
-        return await _until_signal(supervisor, work())
+        code = await _until_signal(supervisor, work())
+    for video in made:
+        _report(*video)
+    return code
 
 
 async def _until_signal(supervisor: Supervisor, work: Coroutine[Any, Any, int]) -> int:

@@ -36,6 +36,9 @@ from runtime.wire import Channel, Received
 HEARTBEAT_LIMIT_S = 6.0
 """A ready rank that is silent for so long is taken for dead; it beats once a second from a thread of its own."""
 
+GATEWAY_PROBE_S = 1.0
+"""How often a gateway is written to, news or not: only a send shows that it is gone."""
+
 log = get_logger("engine")
 
 
@@ -68,6 +71,7 @@ class Engine:
         self._generation = -1
         self._reason = "the workers are starting"
         self._losses = 0
+        self._probed = 0.0
         self._trace = trace
         self.stale = 0
         self.stopped = False
@@ -80,6 +84,7 @@ class Engine:
             self._hear(received, now)
             received = self._channel.receive(0)
         self._watch(now)
+        self._probe_gateways(now)
         for item in self._scheduler.plan(now):
             self._start(item, now)
         for gateway, news in self._scheduler.take_news():
@@ -147,10 +152,13 @@ class Engine:
         if hello.num_ranks != self._scheduler.layout.num_ranks:
             log.error("refused a worker", theirs=hello.num_ranks, ours=str(self._scheduler.layout))
             return
-        if hello.generation > self._generation:
-            if self._ranks:
-                self._group_lost("the worker group was restarted", now)
-            self._generation = hello.generation
+        # A torchrun that was started anew counts its generations from 0 again, but its ranks are new.
+        if hello.generation > self._generation or hello.rank in self._ranks:
+            self._group_lost("the worker group was restarted", now)
+        if self._ranks and hello.generation < self._generation:
+            self.stale += 1
+            return
+        self._generation = hello.generation
         self._ranks[hello.rank] = _Rank(sender, hello, now)
         self._send(sender, Welcome(self._epoch))
 
@@ -180,6 +188,13 @@ class Engine:
                 if host == rank.hello.host:
                     self._send(supervisor, Fence(rank.hello.rank, rank.hello.pid, reason))
             self._group_lost(reason, now)
+
+    def _probe_gateways(self, now: float) -> None:
+        """A request that waits for its gateway makes no news, so that nobody would see the gateway die."""
+        if now - self._probed > GATEWAY_PROBE_S:
+            self._probed = now
+            for gateway in tuple(self._gateways):
+                self._tell_gateway(gateway, Welcome(self._epoch), now)
 
     def _start(self, item: WorkItem, now: float) -> None:
         for rank in item.ranks:

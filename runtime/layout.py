@@ -45,11 +45,11 @@ def derive_layout(
         InvalidInput: a degree is not positive, or the degrees do not multiply to the ranks; states the equation.
     """
     degrees = {"sp_degree": sp_degree, "ulysses_degree": ulysses_degree, "ring_degree": ring_degree}
-    for name, value in {"num_gpus": num_ranks, **degrees}.items():
+    for name, value in {"num_gpus": num_ranks, "enable_cfg_parallel": cfg_degree, **degrees}.items():
         if value is not None and value < 1:
             raise InvalidInput(name, f"{value} is not a degree; it must be 1 or more")
     if num_ranks % cfg_degree:
-        raise InvalidInput("enable_cfg_parallel", f"{num_ranks} ranks do not split into {cfg_degree} guidance groups")
+        raise InvalidInput("enable_cfg_parallel", f"cfg({cfg_degree}) does not divide {num_ranks} ranks (num_gpus)")
     sp = sp_degree if sp_degree is not None else num_ranks // cfg_degree
     ulysses, ring = _split_sp(sp, ulysses_degree, ring_degree)
     if sp_degree is not None and sp_degree != ring * ulysses:

@@ -48,6 +48,8 @@ class RequestRecord:
     running: bool = False
     """It is in an item now, so no other item may touch it."""
     cancel_reason: str | None = None
+    stored: bool = False
+    """The gateway has all its frames."""
     entered: dict[Stage, float] = field(default_factory=dict)
 
     @property

@@ -41,6 +41,12 @@ News = Progress | Completed | Failed | Cancelled
 class _Gateway:
     endpoint: str
     credits: int
+    limit: int
+    """Its credits when nothing is under way to it."""
+
+    def give_back(self, credits: int) -> None:
+        """Chunks that were consumed or that will never come. Some may be given back twice, so it ends at the limit."""
+        self.credits = min(self.credits + credits, self.limit)
 
 
 @dataclass
@@ -72,7 +78,7 @@ class Scheduler:
     # ---- events ----------------------------------------------------------------------------------------------
 
     def gateway_joined(self, gateway: bytes, endpoint: str, credits: int) -> None:
-        self._gateways[gateway] = _Gateway(endpoint, credits)
+        self._gateways[gateway] = _Gateway(endpoint, credits, credits)
 
     def gateway_lost(self, gateway: bytes, now: float) -> None:
         """Nobody is left to take the frames: its requests end."""
@@ -89,6 +95,8 @@ class Scheduler:
             self._requests[request.id] = record
             if self.draining:
                 self._fail(record, "draining", "the server is shutting down and takes no new work", now)
+            elif gateway not in self._gateways:
+                self._fail(record, "gateway_lost", "its gateway was given up; nobody would take the frames", now)
             else:
                 self._report(record)
 
@@ -102,14 +110,15 @@ class Scheduler:
             self._end(record, Stage.CANCELLED, Cancelled(record.id, reason), now)
 
     def stored(self, request_id: str, now: float) -> None:
-        """The gateway has all the frames."""
+        """The gateway has all the frames; it may say so before the rank says that it sent the last."""
         record = self._requests.get(request_id)
-        if record is not None and record.stage is Stage.DELIVER:
-            self._end(record, Stage.COMPLETED, Completed(record.id, record.timings(now)), now)
+        if record is not None and record.stage in {Stage.DECODE, Stage.DELIVER}:
+            record.stored = True
+            self._end_if_stored(record, now)
 
     def granted(self, gateway: bytes, credits: int) -> None:
         if gateway in self._gateways:
-            self._gateways[gateway].credits += credits
+            self._gateways[gateway].give_back(credits)
 
     def completed(self, rank: int, seq: int, seconds: float, now: float) -> None:
         """A rank is done with an item; the item is over when all its ranks are."""
@@ -137,6 +146,9 @@ class Scheduler:
         self.ready = False
         self._running.clear()
         self._releases.clear()
+        for gateway in self._gateways.values():
+            # What was under way has arrived, or died with its rank.
+            gateway.credits = gateway.limit
         for record in self._active():
             record.running = False
             self._fail(record, "worker_lost", f"{reason} in {self._where(record)}", now)
@@ -168,7 +180,9 @@ class Scheduler:
         return len(self._requests)
 
     def _next_item(self, now: float) -> Encode | Denoise | Decode | None:
-        free = [rank for rank in self._all_ranks() if not any(rank in run.waiting for run in self._running.values())]
+        # A rank waits for the others of its last item: whether that one failed decides what comes next.
+        busy = {rank for running in self._running.values() for rank in running.item.ranks}
+        free = [rank for rank in self._all_ranks() if rank not in busy]
         mesh_free = len(free) == self.layout.num_ranks
         if mesh_free and (encode := self._plan_encode(now)) is not None:
             return encode
@@ -233,12 +247,15 @@ class Scheduler:
         for record in self._records_of(item):
             record.running = False
             if running.failure is not None:
+                if isinstance(item, Decode) and record.gateway in self._gateways:
+                    self._gateways[record.gateway].give_back(item.chunks)
                 self._fail(record, *running.failure, now)
             elif record.cancel_reason is not None:
                 self._end(record, Stage.CANCELLED, Cancelled(record.id, record.cancel_reason), now)
             else:
                 self._advance(record, item, running.seconds, now)
                 self._report(record)
+                self._end_if_stored(record, now)
 
     def _advance(self, record: RequestRecord, item: Encode | Denoise | Decode, seconds: float, now: float) -> None:
         params = record.request.params
@@ -266,6 +283,10 @@ class Scheduler:
             case Decode():
                 ids = (item.request_id,)
         return (self._requests[request_id] for request_id in ids if request_id in self._requests)
+
+    def _end_if_stored(self, record: RequestRecord, now: float) -> None:
+        if record.stored and record.stage is Stage.DELIVER:
+            self._end(record, Stage.COMPLETED, Completed(record.id, record.timings(now)), now)
 
     def _fail(self, record: RequestRecord, code: str, reason: str, now: float) -> None:
         self._end(record, Stage.FAILED, Failed(record.id, code, reason), now)

@@ -10,6 +10,8 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Generic, Protocol, Self, TypeVar
 from urllib.parse import urlsplit
@@ -84,7 +86,8 @@ def check_endpoint(endpoint: str) -> str:
                 "set TMPDIR to a shorter folder",
             )
     elif url.scheme == "tcp":
-        if url.hostname not in {"127.0.0.1", "::1", "localhost"}:
+        # After a semicolon ZMQ takes a second address, which is then the one that it connects to.
+        if url.hostname not in {"127.0.0.1", "::1", "localhost"} or ";" in endpoint:
             raise InvalidInput("endpoint", f"{endpoint} is not loopback; sockets between hosts need keys")
     else:
         raise InvalidInput("endpoint", f"{endpoint} is neither ipc:// nor tcp://")
@@ -119,7 +122,9 @@ class _Codec(Generic[Send, Recv]):
                 log.warning("dropped: wrong protocol version", sender=sender, theirs=envelope.version)
                 return None
             message = self._body.decode(frames[1].buffer)
-        except (msgspec.DecodeError, IndexError) as error:
+            if len(frames) > 3:
+                raise msgspec.DecodeError(f"{len(frames)} frames, at most 3 make a message")
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, IndexError) as error:
             self.dropped.malformed += 1
             log.warning("dropped: malformed message", sender=sender, error=str(error))
             return None
@@ -168,12 +173,11 @@ class Channel(Generic[Send, Recv]):
 
     def receive(self, timeout_s: float | None = None) -> Received[Recv] | None:
         """The next good message, or None when `timeout_s` passed (None waits for ever)."""
-        wait_ms = None if timeout_s is None else max(int(timeout_s * 1000), 0)
-        while self._socket.poll(wait_ms):
+        until = None if timeout_s is None else time.monotonic() + timeout_s
+        while self._socket.poll(None if until is None else max(int((until - time.monotonic()) * 1000), 0)):
             received = self._codec.parse(self._socket.recv_multipart(copy=False), routed=self._routed)
             if received is not None:
                 return received
-            wait_ms = 0
         return None
 
     def close(self, linger_s: float = 0.0) -> None:
@@ -232,14 +236,15 @@ class AsyncChannel(Generic[Send, Recv]):
 
 def _bind(socket: Any, endpoint: str) -> str:
     """Bind, and the address that peers connect to (TCP port 0 becomes the real one)."""
-    check_endpoint(endpoint)
-    _set_common(socket)
-    # A silent drop of a message to a peer that is gone or slow would lose a request; make it an error.
-    socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-    try:
-        socket.bind(endpoint)
-    except zmq.ZMQError as error:
-        raise InvalidInput("endpoint", f"cannot listen on {endpoint}: {error}") from error
+    with _closed_on_error(socket):
+        check_endpoint(endpoint)
+        _set_common(socket)
+        # A silent drop of a message to a peer that is gone or slow would lose a request; make it an error.
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        try:
+            socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            raise InvalidInput("endpoint", f"cannot listen on {endpoint}: {error}") from error
     if endpoint.startswith("ipc://"):
         os.chmod(endpoint.removeprefix("ipc://"), 0o600)
     address: bytes = socket.getsockopt(zmq.LAST_ENDPOINT)
@@ -247,10 +252,20 @@ def _bind(socket: Any, endpoint: str) -> str:
 
 
 def _connect(socket: Any, endpoint: str, identity: bytes) -> None:
-    check_endpoint(endpoint)
-    _set_common(socket)
-    socket.setsockopt(zmq.IDENTITY, identity)
-    socket.connect(endpoint)
+    with _closed_on_error(socket):
+        check_endpoint(endpoint)
+        _set_common(socket)
+        socket.setsockopt(zmq.IDENTITY, identity)
+        socket.connect(endpoint)
+
+
+@contextlib.contextmanager
+def _closed_on_error(socket: Any) -> Iterator[None]:
+    try:
+        yield
+    except BaseException:
+        socket.close()
+        raise
 
 
 def _set_common(socket: Any) -> None:

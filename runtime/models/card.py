@@ -99,8 +99,10 @@ def read_configs(folder: Path) -> Configs:
         )
     configs: Configs = {"model_index": _read_json(index_file)}
     for component, source in configs["model_index"].items():
-        if component.startswith("_") or not isinstance(source, list) or source[0] is None:
+        if component.startswith("_") or not isinstance(source, list) or source[:1] in ([], [None]):
             continue
+        if len(source) != 2 or not all(isinstance(word, str) for word in source):
+            raise InvalidInput("model_path", f"{index_file}: {component} is {source}, not [library, class]")
         names = ("config.json", "scheduler_config.json", "tokenizer_config.json", "preprocessor_config.json")
         found = [folder / component / name for name in names if (folder / component / name).is_file()]
         if not found:
@@ -121,12 +123,16 @@ def card_for(configs: Configs) -> Card:
     """The card of the family that `model_index.json` names.
 
     Raises:
-        InvalidInput: no native family has this pipeline class; lists those that there are.
+        InvalidInput: no native family has this pipeline class (lists those that there are), or a config is incomplete.
     """
     name = configs["model_index"].get("_class_name")
-    if name not in FAMILIES:
+    # A pipeline with code of its own has a list here.
+    if not isinstance(name, str) or name not in FAMILIES:
         raise InvalidInput("model_path", f"no native family runs {name}; there are: {', '.join(sorted(FAMILIES))}")
-    return FAMILIES[name](configs)
+    try:
+        return FAMILIES[name](configs)
+    except KeyError as error:
+        raise InvalidInput("model_path", f"the folder's configs lack {error}, which a {name} has") from error
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -155,21 +155,22 @@ class WanCard:
 
     def _size(self, name: str, value: int | None, multiple: int) -> int:
         chosen = int(self._default(name, value))
+        if chosen > 8192:
+            raise InvalidInput(name, f"{chosen} is too large; take at most 8192")
         low = max(chosen // multiple * multiple, multiple)
         if chosen < multiple or chosen % multiple:
             raise InvalidInput(
                 name, f"{chosen} is not a multiple of {multiple}; the nearest are {low} and {low + multiple}"
             )
-        if chosen > 8192:
-            raise InvalidInput(name, f"{chosen} is too large; take at most 8192")
         return chosen
 
     def _frames(self, value: int | None) -> int:
         chosen = int(self._default("num_frames", value))
         if chosen < 1:
             raise InvalidInput("num_frames", f"{chosen} is too few; take {self.temporal}k + 1, e.g. 1 (a still) or 17")
-        if chosen > 4096:
-            raise InvalidInput("num_frames", f"{chosen} is too many; take at most 4093")
+        most = 4095 // self.temporal * self.temporal + 1
+        if chosen > most:
+            raise InvalidInput("num_frames", f"{chosen} is too many; take at most {most}")
         if chosen % self.temporal != 1 % self.temporal:
             low = (chosen - 1) // self.temporal * self.temporal + 1
             raise InvalidInput(

@@ -1,0 +1,102 @@
+"""The gateway process: `python -P -m gateway --config FILE --model-folder FOLDER --scheduler URL --frames URL`.
+
+Once it listens it prints one line to stdout, {"url": "http://host:port"}, and nothing else ever.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import logging
+import os
+import socket
+import sys
+from pathlib import Path
+
+import uvicorn
+from sqlalchemy import URL
+
+from gateway.app import create_app
+from gateway.jobs.store import JobStore
+from gateway.mesh import Mesh
+from runtime.config import Config, load_frozen
+from runtime.errors import FramemeshError, StartFailed
+from runtime.log import get_logger, setup_logging
+from runtime.models.card import Card, card_for, read_configs
+from runtime.process import die_with_parent
+
+GRACE_S = 1
+"""Event streams have no end of their own while a job runs; a shutdown must not wait for them."""
+
+
+class Server(uvicorn.Server):
+    """uvicorn that says where it listens."""
+
+    def __init__(self, config: uvicorn.Config, url: str) -> None:
+        super().__init__(config)
+        self._url = url
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        print(json.dumps({"url": self._url}), flush=True)
+
+
+class _ToStructlog(logging.Handler):
+    """What libraries log with the standard library, in our form."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        get_logger(record.name).log(record.levelno, record.getMessage(), exc_info=record.exc_info)
+
+
+def main() -> int:
+    die_with_parent()
+    parser = argparse.ArgumentParser(prog="python -m gateway", description=__doc__)
+    parser.add_argument("--config", type=Path, required=True, help="frozen configuration (JSON)")
+    parser.add_argument("--model-folder", type=Path, required=True, help="the resolved diffusers folder")
+    parser.add_argument("--scheduler", required=True, help="endpoint of the scheduler")
+    parser.add_argument("--frames", required=True, help="endpoint to take frames on")
+    args = parser.parse_args()
+    try:
+        config = load_frozen(args.config)
+        setup_logging("gateway", config.log_level)
+        logging.basicConfig(level=logging.WARNING, handlers=[_ToStructlog()])
+        card = card_for(read_configs(args.model_folder))
+        Path(config.output_path).mkdir(parents=True, exist_ok=True)
+        asyncio.run(serve(config, card, args.scheduler, args.frames))
+    except (FramemeshError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+async def serve(config: Config, card: Card, scheduler: str, frames: str) -> None:
+    """Until a signal."""
+    listening = listen(config.host, config.port)
+    store = JobStore(URL.create("sqlite", database=str(Path(config.output_path) / "jobs.sqlite3")))
+    mesh = Mesh(scheduler, frames, batching_delay_s=config.batching_delay_ms / 1000)
+    app = create_app(config, mesh, store, card)
+    settings = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S)
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    await Server(settings, f"http://{host}:{listening.getsockname()[1]}").serve([listening])
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A listening TCP socket.
+
+    Raises:
+        StartFailed: the address is taken, or not ours.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except OSError as error:
+        raise StartFailed(
+            f"cannot listen on {host}:{port}: {os.strerror(error.errno) if error.errno else error}"
+        ) from error
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,27 @@
+"""/health: whether this process lives, and whether the mesh behind it takes work."""
+
+from __future__ import annotations
+
+from fastapi import APIRouter, Request
+from starlette.responses import Response
+
+from gateway.mesh import Mesh
+from gateway.schema import reply
+
+router = APIRouter(prefix="/health")
+
+
+@router.get("/live")
+async def live() -> Response:
+    return reply({"status": "live"})
+
+
+@router.get("")
+@router.get("/ready")
+async def ready(request: Request) -> Response:
+    mesh: Mesh = request.app.state.mesh
+    state = mesh.state
+    answer = {"reason": state.reason, "ranks_ready": state.ranks_ready, "num_ranks": state.num_ranks}
+    if state.ready:
+        return reply({"status": "ready"} | answer)
+    return reply({"status": "not_ready"} | answer, 503, {"retry-after": "1"})

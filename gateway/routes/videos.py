@@ -1,0 +1,127 @@
+"""/v1/videos: OpenAI's Videos API over the job runner, with events and cancel."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Annotated, Literal
+
+from fastapi import APIRouter, Depends, Header, Query, Request
+from fastapi.sse import EventSourceResponse, ServerSentEvent
+from starlette.responses import FileResponse, Response
+
+from gateway.jobs.outputs import VIDEO_ID
+from gateway.jobs.runner import JobRunner
+from gateway.jobs.store import Job, Order
+from gateway.schema import VideoCreate, read_video_create, reply, resolve, video_object
+from gateway.stream import tell_ended, tell_live
+from runtime.errors import InvalidInput
+
+POLL_MS = (250, 5000)
+
+router = APIRouter(prefix="/v1/videos")
+
+
+def _runner(request: Request) -> JobRunner:
+    runner: JobRunner = request.app.state.runner
+    return runner
+
+
+Runner = Annotated[JobRunner, Depends(_runner)]
+
+
+async def _existing(video_id: str, runner: Runner) -> Job:
+    """The job of the path, or 404 before a response (an event stream, say) has begun."""
+    job = await runner.find(video_id)
+    if job is None:
+        raise InvalidInput("video_id", f"there is no video {video_id!r}", code="video_not_found")
+    return job
+
+
+Existing = Annotated[Job, Depends(_existing)]
+
+_BODY = {"schema": VideoCreate.model_json_schema()}
+_CREATE = {
+    "requestBody": {"required": True, "content": {"application/json": _BODY, "multipart/form-data": _BODY}},
+}
+
+
+@router.post("", openapi_extra=_CREATE)
+async def create(
+    request: Request, runner: Runner, idempotency_key: Annotated[str | None, Header(max_length=255)] = None
+) -> Response:
+    state = request.app.state
+    body = await read_video_create(request)
+    params = resolve(body, state.card, state.config.model_name, state.config.max_prompt_chars)
+    return reply(video_object(await runner.submit(params, idempotency_key)))
+
+
+@router.get("")
+async def list_videos(
+    runner: Runner,
+    after: Annotated[str | None, Query(pattern=f"^{VIDEO_ID.pattern}$", max_length=64)] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    order: Order = "desc",
+) -> Response:
+    page = await runner.list(after, limit, order)
+    data = [video_object(job) for job in page.jobs]
+    first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
+    return reply({"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": page.has_more})
+
+
+@router.get("/{video_id}")
+async def retrieve(job: Existing) -> Response:
+    headers = {} if job.finished else {"openai-poll-after-ms": str(_poll_after_ms(job.eta_s))}
+    return reply(video_object(job), headers=headers)
+
+
+@router.get("/{video_id}/content", response_class=FileResponse)
+async def content(job: Existing, runner: Runner, variant: Literal["video"] = "video") -> Response:
+    path = _finished_file(job, runner)
+    return FileResponse(path, media_type="video/mp4", filename=path.name, content_disposition_type="inline")
+
+
+@router.get("/{video_id}/events", response_class=EventSourceResponse)
+async def events(
+    job: Existing,
+    runner: Runner,
+    frames: Literal["jpeg"] | None = None,
+    last_event_id: Annotated[str | None, Header()] = None,
+) -> AsyncIterator[ServerSentEvent]:
+    log, read = runner.events(job.id), functools.partial(runner.outputs.read, job.id)
+    with_stills = frames == "jpeg"
+    told = tell_live(log, last_event_id, read, with_stills) if log else tell_ended(job, read, with_stills)
+    async with contextlib.aclosing(told):
+        async for event in told:
+            yield event
+
+
+@router.post("/{video_id}/cancel")
+async def cancel(job: Existing, runner: Runner) -> Response:
+    await runner.cancel(job.id, "cancelled by the client")
+    return reply(video_object(await runner.find(job.id) or job))
+
+
+@router.delete("/{video_id}")
+async def delete(job: Existing, runner: Runner) -> Response:
+    await runner.delete(job.id)
+    return reply({"id": job.id, "object": "video.deleted", "deleted": True})
+
+
+def _finished_file(job: Job, runner: JobRunner) -> Path:
+    if job.status != "completed":
+        reason = job.error_message or f"it is {job.status.replace('_', ' ')}"
+        code = f"video_{job.status}" if job.finished else "video_not_ready"
+        raise InvalidInput("video_id", f"{job.id} has no content: {reason}", code=code)
+    path = runner.outputs.final(job.id)
+    if not path.is_file():
+        raise InvalidInput("video_id", f"the file of {job.id} was removed", code="video_not_found")
+    return path
+
+
+def _poll_after_ms(eta_s: float | None) -> int:
+    """A quarter of what is left: the SDK keeps the first value, so it is also how late it may hear of the end."""
+    least, most = POLL_MS
+    return 1000 if eta_s is None else max(least, min(int(eta_s * 250), most))
