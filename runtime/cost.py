@@ -1,44 +1,125 @@
-"""Predicted seconds for a unit of work: FLOPs or pixels over a rate that every finished item refines.
+"""Predicted seconds for a unit of work: FLOPs or pixels over a rate, and a fixed part per launch, both fitted.
 
-A unit is one request (encode), one step (denoise) or one chunk of frames (decode). Knows no queue and no policy.
+A unit is one request (encode), one step (denoise) or one chunk of frames (decode). ETA, item length, batch budget and
+the order of requests all read this one model. Knows no queue and no policy.
+
+    seconds(kind, shape, batch) = fixed[kind] + batch * work(shape) / rate[kind]
+
+until that very (kind, shape, batch) was measured; from then on its own moving average.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
+from statistics import median
+
+import msgspec
 
 from runtime.layout import Layout
 from runtime.models.card import Card
 from runtime.sampling import ResolvedParams
 
-SMOOTHING = 0.3
+SMOOTHING = 0.2
 """Weight of the newest measurement."""
+FORGETTING = 0.98
+"""Weight of the fit's past after each new measurement."""
+KEPT_ERRORS = 256
+
+
+class Line(msgspec.Struct):
+    """A weighted least-squares line y = fixed + slope * x, refined point by point; never negative."""
+
+    fixed: float
+    slope: float
+    weight: float = 0.0
+    mean_x: float = 0.0
+    mean_y: float = 0.0
+    xx: float = 0.0
+    xy: float = 0.0
+
+    def at(self, x: float) -> float:
+        return self.fixed + self.slope * x
+
+    def add(self, x: float, y: float) -> None:
+        self.weight = FORGETTING * self.weight + 1.0
+        share = 1.0 / self.weight
+        dx, dy = x - self.mean_x, y - self.mean_y
+        self.mean_x += share * dx
+        self.mean_y += share * dy
+        self.xx = FORGETTING * self.xx + dx * (x - self.mean_x)
+        self.xy = FORGETTING * self.xy + dx * (y - self.mean_y)
+        spread = self.xx > 1e-6 * self.weight * self.mean_x**2
+        # One shape alone tells no slope; keep the fixed part's share of the first guess and scale the line.
+        slope = self.xy / self.xx if spread else self.slope * self.mean_y / self.at(self.mean_x)
+        self.slope = min(max(slope, 0.0), self.mean_y / self.mean_x)
+        self.fixed = self.mean_y - self.slope * self.mean_x
+
+
+class Constants(msgspec.Struct):
+    """What was learnt; saved per model, machine and layout."""
+
+    lines: dict[str, Line]
+    """Per kind: seconds over work per rank (requests, floating-point operations, pixels)."""
+    measured: dict[str, float] = {}
+    """Seconds per unit of each (kind, shape, batch) that was seen."""
+
+    @staticmethod
+    def first_guess() -> Constants:
+        lines = {"encode": Line(0.01, 0.05), "denoise": Line(0.002, 5e-11), "decode": Line(0.002, 2.5e-6)}
+        return Constants(lines)
 
 
 @dataclass
 class CostModel:
-    """First guess: work / rate of the kind; once a shape was measured, its own moving average."""
+    """Analytic form by the family's card, constants fitted by every finished item."""
 
     card: Card
-    rates: dict[str, float] = field(default_factory=lambda: {"encode": 10.0, "denoise": 2e10, "decode": 4e5})
-    """Work per second and rank: requests, floating-point operations, pixels."""
-    _measured: dict[Hashable, float] = field(default_factory=dict)
+    constants: Constants = field(default_factory=Constants.first_guess)
+    _errors: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_ERRORS))
+    _work_cache: dict[Hashable, float] = field(default_factory=dict)
 
-    def predict(self, kind: str, params: ResolvedParams, layout: Layout) -> float:
-        """Seconds for one unit."""
-        known = self._measured.get(self._key(kind, params, layout))
-        return known if known is not None else self._work(kind, params, layout) / self.rates[kind]
+    def predict(self, kind: str, params: ResolvedParams, layout: Layout, batch: int = 1) -> float:
+        """Seconds for one unit of `batch` requests together."""
+        known = self.constants.measured.get(self._key(kind, params, layout, batch))
+        if known is not None:
+            return known
+        seconds = self.fitted(kind, params, layout, batch)
+        alone = self.constants.measured.get(self._key(kind, params, layout, 1)) if batch > 1 else None
+        # A shape whose single step is known: only how it grows with the batch has to be guessed.
+        return seconds if alone is None else alone * seconds / self.fitted(kind, params, layout, 1)
 
-    def observe(self, kind: str, params: ResolvedParams, layout: Layout, units: int, seconds: float) -> None:
+    def fitted(self, kind: str, params: ResolvedParams, layout: Layout, batch: int) -> float:
+        """The same by the line alone, whatever was measured for this very shape."""
+        return self.constants.lines[kind].at(batch * self._work(kind, params, layout))
+
+    def observe(
+        self, kind: str, params: ResolvedParams, layout: Layout, units: int, seconds: float, batch: int = 1
+    ) -> None:
         """Learn from a finished item of `units` units."""
         if seconds <= 0 or units < 1:
             return
-        key, per_unit = self._key(kind, params, layout), seconds / units
-        self._measured[key] = _blend(self._measured.get(key, per_unit), per_unit)
-        self.rates[kind] = _blend(self.rates[kind], self._work(kind, params, layout) / per_unit)
+        key, per_unit = self._key(kind, params, layout, batch), seconds / units
+        known = self.constants.measured.get(key)
+        if known is not None:
+            self._errors.append(abs(known - per_unit) / per_unit)
+        self.constants.measured[key] = per_unit if known is None else known + SMOOTHING * (per_unit - known)
+        self.constants.lines[kind].add(batch * self._work(kind, params, layout), per_unit)
+
+    @property
+    def error(self) -> float | None:
+        """Median absolute error of the latest predictions over the measured time; None before the first."""
+        return median(self._errors) if self._errors else None
 
     def _work(self, kind: str, params: ResolvedParams, layout: Layout) -> float:
+        shape = (kind, params.height, params.width, params.num_frames, params.guidance_scale > 1, layout.num_ranks)
+        work = self._work_cache.get(shape)
+        if work is None:
+            work = self._work_cache[shape] = self._count_work(kind, params, layout)
+        return work
+
+    def _count_work(self, kind: str, params: ResolvedParams, layout: Layout) -> float:
         if kind == "denoise":
             return self.card.step_flops(params) / layout.num_ranks
         if kind == "decode":
@@ -46,11 +127,11 @@ class CostModel:
             return params.height * params.width * sum(chunks) / len(chunks)
         return 1.0
 
-    def _key(self, kind: str, params: ResolvedParams, layout: Layout) -> Hashable:
+    def _key(self, kind: str, params: ResolvedParams, layout: Layout, batch: int) -> str:
         if kind == "encode":
             return kind
-        return (kind, self.card.batch_key(params, 0), layout if kind == "denoise" else None)
-
-
-def _blend(old: float, new: float) -> float:
-    return old + SMOOTHING * (new - old)
+        shape = f"{kind} {params.height}x{params.width}x{params.num_frames}"
+        if kind == "decode":
+            return shape
+        branches = len(self.card.branches(params, 0))
+        return f"{shape} branches={branches} layout={layout.cfg},{layout.ring},{layout.ulysses} batch={batch}"

@@ -54,6 +54,8 @@ class ModelInfo(msgspec.Struct, frozen=True):
     vae_precision: str
     device: str
     layout: Layout
+    memory_budget: int = 0
+    """Bytes that a rank has for the states of requests; 0: not known."""
 
 
 # ---- requests ----------------------------------------------------------------------------------------------------
@@ -68,6 +70,12 @@ class Request(msgspec.Struct, frozen=True):
     """Per encoder and prompt ("prompt", "negative_prompt"): unpadded ids; an encoder that is missing is tokenized
     on the worker."""
     attempt: int = 0
+    key: str = ""
+    """Whom the work is charged to: a name for the API key, never the key itself."""
+    priority: int = 0
+    """Higher goes first within a key."""
+    timeout_s: float | None = None
+    """Seconds after its arrival at which it is no longer wanted."""
 
 
 class GatewayHello(Message, frozen=True):

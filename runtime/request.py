@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -40,7 +42,17 @@ class RequestRecord:
     request: Request
     gateway: bytes
     arrived: float
-    total_chunks: int
+    group: int = 0
+    """Requests of one Submit share it."""
+    total_chunks: int = 0
+    batch_key: Hashable = None
+    """Of its first step."""
+    remaining_s: float = 0.0
+    """Predicted seconds of work that are left, alone on the mesh."""
+    state_bytes: int = 0
+    """Held on every rank from encode on."""
+    decode_bytes: int = 0
+    """Held on the decoding rank beside that."""
     stage: Stage = Stage.QUEUED
     step: int = 0
     chunk: int = 0
@@ -55,6 +67,16 @@ class RequestRecord:
     @property
     def id(self) -> str:
         return self.request.id
+
+    @property
+    def key(self) -> str:
+        """The API key that it is charged to."""
+        return self.request.key
+
+    @property
+    def deadline(self) -> float:
+        timeout = self.request.timeout_s
+        return math.inf if timeout is None else self.arrived + timeout
 
     @property
     def total_steps(self) -> int:

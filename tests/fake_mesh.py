@@ -133,7 +133,7 @@ class FakeMesh:
     def _loop(self) -> None:
         try:
             while not self._ended.is_set():
-                received = self._channel.receive(0.005)
+                received = self._channel.receive(0.001 if any(map(self._may_go_on, self._running.values())) else 0.02)
                 while received is not None:
                     self._hear(received.sender, received.epoch, received.message)
                     received = self._channel.receive(0)
@@ -184,10 +184,11 @@ class FakeMesh:
             return MeshState(False, "the workers are starting", 1, 2)
         return MeshState(True, "ready", 2, 2, self.model)
 
+    def _may_go_on(self, running: _Running) -> bool:
+        return running.mark not in self.held and (running.mark != "deliver" or running.stored)
+
     def _advance(self, running: _Running) -> None:
-        if running.mark in self.held:
-            return
-        if running.mark == "deliver" and not running.stored:
+        if not self._may_go_on(running):
             return
         running.mark = next(running.life, "end")
         if running.mark in self.failures:

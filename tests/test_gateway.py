@@ -30,6 +30,7 @@ import structlog
 import uvicorn
 from fake_mesh import MODEL_FOLDER, FakeMesh, moving_frames
 from PIL import Image
+from sqlalchemy.exc import SQLAlchemyError
 
 from gateway.__main__ import listen
 from gateway.app import create_app
@@ -562,20 +563,20 @@ def test_an_error_of_ours_is_an_internal_error_and_the_gateway_lives_on(gateway,
     gateway.wait(gateway.create())
 
 
-def test_readers_hear_of_the_end_even_if_the_store_is_broken(gateway, fake, monkeypatch):
-    fake.held = {"denoise:1"}
+@pytest.mark.parametrize("failures", [{}, {"denoise:2": ("out_of_memory", "too large")}])
+def test_readers_hear_of_the_end_even_if_the_store_is_broken(gateway, fake, monkeypatch, logs, failures):
+    def broken(store, work):
+        raise SQLAlchemyError("the disk is gone")
+
+    fake.held, fake.failures = {"denoise:1"}, failures
     video_id = gateway.create()
-    with gateway.follow(video_id) as following:
-        assert next(following)[1] == "queued"
-        real = JobStore._transact
-
-        def broken(store, work):
-            raise runner_module.SQLAlchemyError("the disk is gone")
-
-        monkeypatch.setattr(JobStore, "_transact", broken)
+    with gateway.follow(video_id) as following, monkeypatch.context() as patch:
+        fake.wait_for("denoise:1")
+        patch.setattr(JobStore, "_transact", broken)
         fake.release()
         assert list(following)[-1][2]["error"]["code"] == "internal_error"
-        monkeypatch.setattr(JobStore, "_transact", real)
+    assert gateway.app.state.runner._live == {}
+    assert "the end of a job was not stored" in [entry["event"] for entry in logs]
 
 
 @pytest.mark.parametrize("mark", ["queued", "denoise:2", "decode:2"])
@@ -598,6 +599,21 @@ def test_a_finished_job_is_not_cancelled(gateway, fake):
     gateway.wait(video_id)
     assert gateway.http.post(f"/v1/videos/{video_id}/cancel").json()["status"] == "completed"
     assert fake.cancelled == []
+
+
+def test_an_ending_that_is_in_the_store_already_stands(gateway, fake, tmp_path):
+    """A cancel may come between the store's note that the video is complete and our hearing of it."""
+    fake.held = {"denoise:1"}
+    video_id = gateway.create()
+    fake.wait_for("denoise:1")
+    with contextlib.closing(sqlite3.connect(tmp_path / "jobs.sqlite3")) as store, store:
+        store.execute("UPDATE jobs SET status = 'completed'")
+    (gateway.videos / f"{video_id}.mp4").touch()
+    with gateway.follow(video_id) as following:
+        answer = gateway.http.post(f"/v1/videos/{video_id}/cancel").json()
+        assert (answer["status"], answer["error"]) == ("completed", None)
+        assert names(following)[-1] == "done"
+    assert (gateway.videos / f"{video_id}.mp4").exists()
 
 
 def test_delete_stops_the_work_and_removes_everything(gateway, fake):
@@ -710,7 +726,9 @@ def test_after_a_restart_jobs_wait_for_the_model_and_can_be_watched_and_cancelle
     assert second.http.post(f"/v1/videos/{ids[0]}/cancel").json()["status"] == "cancelled"
     with second.follow(ids[1]) as following:
         fake.become_ready()
-        assert names(following)[-1] == "done"
+        events = list(following)
+        assert names(events)[-1] == "done"
+        assert [data["step"] for _, name, data in events if name == "step"] == [1, 2, 3, 4]
     assert [request.id for request in fake.submitted[2:]] == [ids[1]]
 
 
@@ -770,6 +788,13 @@ def test_running_jobs_tell_where_they_are_and_when_to_ask_again(gateway, fake):
     fake.release()
     gateway.wait(video_id)
     assert "openai-poll-after-ms" not in gateway.http.get(f"/v1/videos/{video_id}").headers
+
+
+def test_the_api_describes_itself(gateway):
+    described = gateway.http.get("/openapi.json").json()["paths"]
+    assert {"/v1/videos", "/v1/videos/{video_id}/events", "/v1/models/{model_id}", "/health/ready"} <= described.keys()
+    bodies = described["/v1/videos"]["post"]["requestBody"]["content"]
+    assert {"prompt", "size", "seconds", "num_frames"} <= bodies["multipart/form-data"]["schema"]["properties"].keys()
 
 
 def test_models_and_health(gateway):

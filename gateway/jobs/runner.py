@@ -89,12 +89,14 @@ class JobRunner:
             final = self.outputs.final(job.id)
             if final.exists():
                 # The process died between finishing the file and noting it.
-                await self._end(LiveJob(job), "completed", progress=100, output_file=final.name)
+                done = {"progress": 100, "frames_done": job.params.num_frames, "output_file": final.name}
+                await self._end(LiveJob(job), "completed", **done)
             elif job.model != self._model_name:
                 reason = f"the server was restarted with the model {self._model_name} instead of {job.model}"
                 await self._end(LiveJob(job), "failed", error_code="model_changed", error_message=reason)
             else:
-                self._start(msgspec.structs.replace(job, status="queued", stage="queued", frames_done=0), None)
+                again = {"status": "queued", "stage": "queued", "progress": 0, "step": 0, "frames_done": 0}
+                self._start(msgspec.structs.replace(job, **again), None)
 
     async def find(self, job_id: str) -> Job | None:
         live = self._live.get(job_id)
@@ -148,15 +150,20 @@ class JobRunner:
     async def _run(self, live: LiveJob, request: Request | None) -> None:
         """One job to its end. A cancelled task ends nothing here: who cancelled it knows whether the job is over."""
         try:
-            timings, output_file = await self._generate(live, request)
-            await self._end(live, "completed", progress=100, timings=timings, output_file=output_file)
-        except RequestFailed as error:
-            status: Status = "cancelled" if error.code == "cancelled" else "failed"
-            await self._end(live, status, error_code=error.code, error_message=error.reason)
+            await self._attempt(live, request)
         except Exception as error:
             log.exception("a job failed in the gateway", job=live.job.id)
             await self._give_up(live, f"the gateway failed: {type(error).__name__}; its log says more")
         self._forget(live)
+
+    async def _attempt(self, live: LiveJob, request: Request | None) -> None:
+        try:
+            timings, output_file = await self._generate(live, request)
+        except RequestFailed as error:
+            status: Status = "cancelled" if error.code == "cancelled" else "failed"
+            await self._end(live, status, error_code=error.code, error_message=error.reason)
+        else:
+            await self._end(live, "completed", progress=100, timings=timings, output_file=output_file)
 
     async def _give_up(self, live: LiveJob, reason: str) -> None:
         """Readers hear of the end even if the store is what failed."""
@@ -185,6 +192,7 @@ class JobRunner:
                                 # Going back for the next event tells the mesh that the video is stored.
                                 output_file = await _in_thread(recording.finish)
                         case Completed():
+                            assert output_file, "completed before the last frame was stored"
                             return event.timings, output_file
         raise RequestFailed(live.job.id, "internal_error", "the mesh ended without a word")
 

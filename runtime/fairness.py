@@ -1,0 +1,116 @@
+"""Whose turn it is: weighted virtual time per API key, and each key's waiting requests in order. Knows no ranks.
+
+Start-time fair queuing (Goyal, Vin, Cheng, 1996): a key's clock advances by the predicted rank-seconds that it was
+given; the key that is furthest behind goes first; a key that was away comes back at the others' present.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, field
+
+from runtime.request import RequestRecord
+
+AGEING = 0.2
+"""Seconds of predicted work that each second of waiting forgives: a request of R seconds waits at most about R / AGEING
+for a stream of shorter ones."""
+URGENT_S = 1.0
+"""A request that must start within this many seconds to meet its deadline goes before all that have time."""
+
+Rank = tuple[float, float, float]
+
+
+@dataclass
+class WaitingLine:
+    """One key's queued requests in the policy's order.
+
+    The order does not depend on the present: ageing and slack change for all by the same amount, so a sorted list
+    stays sorted.
+    """
+
+    policy: str
+    _entries: list[tuple[Rank, str]] = field(default_factory=list)
+    _seconds: list[float] = field(default_factory=list)
+    """Predicted work of each entry."""
+    _records: dict[str, tuple[Rank, RequestRecord]] = field(default_factory=dict)
+    _by_slack: list[tuple[float, str]] = field(default_factory=list)
+    """(latest start, id) of those with a deadline."""
+
+    def add(self, record: RequestRecord) -> None:
+        rank = order(record, self.policy)
+        place = bisect.bisect_left(self._entries, (rank, record.id))
+        self._entries.insert(place, (rank, record.id))
+        self._seconds.insert(place, record.remaining_s)
+        self._records[record.id] = (rank, record)
+        if record.deadline < math.inf:
+            bisect.insort(self._by_slack, (record.deadline - record.remaining_s, record.id))
+
+    def remove(self, record: RequestRecord) -> None:
+        rank, _ = self._records.pop(record.id)
+        place = bisect.bisect_left(self._entries, (rank, record.id))
+        del self._entries[place], self._seconds[place]
+        if record.deadline < math.inf:
+            self._by_slack.remove((record.deadline - record.remaining_s, record.id))
+
+    def first(self, now: float) -> RequestRecord:
+        """Whoever has to start now to meet its deadline, else the policy's first. Priority goes before both."""
+        head = self._records[self._entries[0][1]][1]
+        if self.policy == "srpt":
+            place = bisect.bisect_left(self._by_slack, (now, ""))
+            for latest_start, request_id in self._by_slack[place : place + 1]:
+                record = self._records[request_id][1]
+                if latest_start < now + URGENT_S and record.request.priority >= head.request.priority:
+                    return record
+        return head
+
+    def ahead_of(self, record: RequestRecord) -> tuple[int, float]:
+        """(its place, 1 for the first; predicted seconds of work before it)."""
+        rank, _ = self._records[record.id]
+        place = bisect.bisect_left(self._entries, (rank, record.id))
+        return place + 1, sum(self._seconds[:place])
+
+    def __iter__(self) -> Iterator[RequestRecord]:
+        return (self._records[request_id][1] for _, request_id in self._entries)
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __contains__(self, record: object) -> bool:
+        return isinstance(record, RequestRecord) and record.id in self._records
+
+
+def order(record: RequestRecord, policy: str) -> Rank:
+    """Smaller goes first; within a key. `remaining_s` and `arrived` make it independent of the present.
+
+    fifo: arrival. srpt: priority, then least remaining work, aged. deadline: priority, then least slack, then srpt.
+    """
+    if policy == "fifo":
+        return (0.0, 0.0, record.arrived)
+    aged = record.remaining_s + AGEING * record.arrived
+    slack = record.deadline - record.remaining_s if policy == "deadline" else 0.0
+    return (-float(record.request.priority), slack, aged)
+
+
+@dataclass
+class FairShare:
+    """The clocks of all keys."""
+
+    clocks: dict[str, float] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
+    _present: float = 0.0
+
+    def arrive(self, key: str, busy: Set[str]) -> None:
+        """Work for a key: if it had none, it takes no credit for the time that it was away."""
+        if key not in busy:
+            self._present = max(self._present, min((self.clocks[other] for other in busy), default=self._present))
+            self.clocks[key] = max(self.clocks.get(key, 0.0), self._present)
+
+    def charge(self, key: str, rank_seconds: float) -> None:
+        self.clocks[key] = self.clocks.get(key, self._present) + rank_seconds / self.weights.get(key, 1.0)
+
+    def lag(self, keys: list[str]) -> float:
+        """Furthest ahead less furthest behind, seconds of service; bounded by one item."""
+        clocks = [self.clocks[key] for key in keys]
+        return max(clocks) - min(clocks) if clocks else 0.0
