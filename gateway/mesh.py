@@ -36,11 +36,13 @@ from runtime.protocol import (
     Submit,
     Welcome,
 )
-from runtime.sampling import ResolvedParams
+from runtime.sampling import ResolvedParams, Terms
 from runtime.wire import AsyncChannel, Received, incarnation
 
 FRAME_CREDITS = 16
 """Chunks that may be under way to this gateway at once; bounds its memory."""
+
+DEFAULT_TERMS = Terms()
 
 log = get_logger("mesh")
 
@@ -135,7 +137,7 @@ class Mesh:
         async with self._changed:
             await self._changed.wait_for(lambda: self._tokenizer is not None)
 
-    def request(self, request_id: str, params: ResolvedParams) -> Request:
+    def request(self, request_id: str, params: ResolvedParams, terms: Terms = DEFAULT_TERMS) -> Request:
         """A tokenized request.
 
         Raises:
@@ -144,7 +146,8 @@ class Mesh:
         """
         if self._tokenizer is None:
             raise NotReady(self.state.reason)
-        return Request(request_id, params, self._tokenizer.tokenize(params))
+        token_ids = self._tokenizer.tokenize(params)
+        return Request(request_id, params, token_ids, 0, terms.key, terms.priority, terms.timeout_s)
 
     async def run(self, request: Request) -> AsyncGenerator[Event, None]:
         """Progress and frames until Completed. Leaving the loop early cancels the request.

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import signal
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import msgspec
 
-from runtime.config import load_frozen
+from runtime.batching import BatchLimits, BatchRule, read_batch_rules
+from runtime.config import Config, load_frozen
 from runtime.cost import CostModel
+from runtime.costfile import cost_path, load_constants, save_constants
 from runtime.engine import Engine
 from runtime.log import get_logger, setup_logging
 from runtime.models.card import card_for, read_configs
@@ -27,17 +31,28 @@ def main() -> None:
     args = parser.parse_args()
     config = load_frozen(args.config)
     setup_logging("scheduler", config.log_level)
-    card = card_for(read_configs(args.model_folder))
-    scheduler = Scheduler(card, config.layout, CostModel(card))
+    configs = read_configs(args.model_folder)
+    card = card_for(configs)
+    cost_file = cost_path(config, configs)
+    cost = CostModel(card, load_constants(cost_file))
+    limits = BatchLimits(config.batching_max_size, _rules(config), config.model_name)
+    scheduler = Scheduler(card, config.layout, cost, config.scheduling_policy, limits, config.max_active)
     channel: Channel[FromScheduler, ToScheduler] = Channel.bind(args.bind, ToScheduler)
     trace = _trace_to(Path(config.trace_path)) if config.trace_path else None
+    # The supervisor ends us with SIGTERM; what was learnt has to be kept.
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
     engine = Engine(channel, scheduler, time.time_ns(), trace)
     get_logger("engine").info("listening", endpoint=channel.endpoint, layout=str(config.layout))
     try:
         while not engine.stopped:
             engine.step()
     finally:
+        save_constants(cost.constants, cost_file)
         channel.close(linger_s=1.0)
+
+
+def _rules(config: Config) -> tuple[BatchRule, ...]:
+    return read_batch_rules(Path(config.batching_config)) if config.batching_config is not None else ()
 
 
 def _trace_to(path: Path) -> Callable[[Done], None]:

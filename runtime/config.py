@@ -85,6 +85,16 @@ class Config:
     """Folder for results and for the job store."""
     batching_delay_ms: float = 0.0
     """How long the gateway collects requests before it sends them on together."""
+    batching_max_size: int = 16
+    """Most requests that share a forward; 1 switches batching off. The cost model may choose fewer."""
+    batching_config: str | None = None
+    """JSON or YAML file of rules that bound the batch size by model and resolution."""
+    scheduling_policy: Literal["srpt", "deadline", "fifo"] = "srpt"
+    """Order within an API key: shortest predicted remaining work, least slack, or arrival."""
+    max_active: int = 64
+    """Requests whose state the ranks hold at once, memory allowing."""
+    cost_cache: str | None = None
+    """Folder where measured costs are kept between starts; unset: the user's cache folder."""
     max_prompt_chars: int = 20_000
     """Longest prompt that is tokenized at all."""
 
@@ -122,6 +132,9 @@ def check_config(config: Config) -> None:
         raise InvalidInput("port", f"{config.port} is not a port; take 0 (any free one) to 65535")
     if not config.vae_config.load_decoder:
         raise InvalidInput("vae_config.load_decoder", "must be true: without the decoder there are no frames")
+    for name in ("batching_max_size", "max_active"):
+        if getattr(config, name) < 1:
+            raise InvalidInput(name, f"{getattr(config, name)} is too few; take 1 or more")
     if config.batching_delay_ms < 0:
         raise InvalidInput("batching_delay_ms", f"{config.batching_delay_ms} is negative; it is a time in ms")
     for name in ("tile_sample_min_height", "tile_sample_min_width"):

@@ -48,6 +48,7 @@ class _Rank:
     hello: WorkerHello
     last_seen: float
     ready: bool = False
+    memory_budget: int = 0
 
 
 class Engine:
@@ -92,8 +93,12 @@ class Engine:
         self._stop_when_drained()
 
     def _patience(self) -> float | None:
-        """Seconds that the loop may sleep: for ever without ranks, else until a heartbeat could be missing."""
-        return 1.0 if self._ranks else None
+        """Seconds that the loop may sleep: for ever without peers, else until a heartbeat or a deadline is due."""
+        limits = [1.0] if self._ranks or self._gateways else []
+        deadline = self._scheduler.next_deadline()
+        if deadline is not None:
+            limits.append(max(deadline - time.monotonic(), 0.0))
+        return min(limits, default=None)
 
     def _hear(self, received: Received[ToScheduler], now: float) -> None:
         message, sender = received.message, received.sender
@@ -135,6 +140,8 @@ class Engine:
         match message:
             case Ready():
                 rank.ready = True
+                rank.memory_budget = message.memory_budget
+                self._scheduler.calibrate(message.measurements)
                 self._model = message.model or self._model
                 self._check_group()
             case Done():
@@ -165,7 +172,8 @@ class Engine:
     def _check_group(self) -> None:
         if len(self._ranks) == self._scheduler.layout.num_ranks and all(r.ready for r in self._ranks.values()):
             self._reason = "ready"
-            self._scheduler.group_ready()
+            budget = min(rank.memory_budget for rank in self._ranks.values())
+            self._scheduler.group_ready(budget or None)
         self._announce()
 
     def _group_lost(self, reason: str, now: float) -> None:

@@ -54,8 +54,6 @@ class ModelInfo(msgspec.Struct, frozen=True):
     vae_precision: str
     device: str
     layout: Layout
-    memory_budget: int = 0
-    """Bytes that a rank has for the states of requests; 0: not known."""
 
 
 # ---- requests ----------------------------------------------------------------------------------------------------
@@ -164,11 +162,23 @@ class WorkerHello(Message, frozen=True):
     pid: int
 
 
+class Measurement(msgspec.Struct, frozen=True):
+    """What a unit of work cost when the ranks warmed up."""
+
+    kind: str
+    params: ResolvedParams
+    batch: int
+    seconds: float
+
+
 class Ready(Message, frozen=True):
     rank: int
     generation: int
     model: ModelInfo | None = None
     """Only rank 0 sends it."""
+    memory_budget: int = 0
+    """Bytes that this rank has for the states of requests; 0: not known."""
+    measurements: tuple[Measurement, ...] = ()
 
 
 class Heartbeat(Message, frozen=True):

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import msgspec
 
+from runtime.errors import InvalidInput
+
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
@@ -46,3 +48,27 @@ class ResolvedParams(msgspec.Struct, frozen=True, kw_only=True):
     width: int
     num_frames: int
     fps: int
+
+
+class Terms(msgspec.Struct, frozen=True, kw_only=True):
+    """On whose account a generation runs, and how urgent it is. Changes no pixel."""
+
+    key: str = ""
+    """Whom the work is charged to: a name for the API key, never the key itself."""
+    priority: int = 0
+    """Higher goes first within a key."""
+    timeout_s: float | None = None
+    """Seconds after which it is no longer wanted."""
+
+
+def check_terms(priority: int | None, timeout_s: float | None, key: str = "") -> Terms:
+    """The terms of a request in the caller's words; None means the default.
+
+    Raises:
+        InvalidInput: names the field.
+    """
+    if priority is not None and not -100 <= priority <= 100:
+        raise InvalidInput("priority", f"{priority} is out of range; take -100 to 100 (higher goes first)")
+    if timeout_s is not None and not 0 < timeout_s <= 7 * 86_400:
+        raise InvalidInput("timeout", f"{timeout_s:g} s is out of range; take more than 0 and at most a week")
+    return Terms(key=key, priority=priority or 0, timeout_s=timeout_s)

@@ -27,6 +27,7 @@ from runtime.protocol import (
     Denoise,
     Encode,
     Failed,
+    Measurement,
     Progress,
     Release,
     Request,
@@ -152,6 +153,11 @@ class Scheduler:
         if running is not None:
             running.failure = (code, reason)
             self.completed(rank, seq, 0.0, now)
+
+    def calibrate(self, measurements: tuple[Measurement, ...]) -> None:
+        """What the ranks measured while they warmed up."""
+        for measured in measurements:
+            self.cost.observe(measured.kind, measured.params, self.layout, 1, measured.seconds, measured.batch)
 
     def group_ready(self, memory_budget: int | None = None) -> None:
         """Every rank has the model; `memory_budget` is what the poorest of them has for states, bytes."""

@@ -34,8 +34,9 @@ def main() -> int:
 
 
 def _serve(folder: Path, config: Config, seat: Seat, channel: WorkerChannel) -> int:
+    from workers.calibrate import measure
     from workers.frames import FrameSender
-    from workers.setup import build_executor, describe_model, pick_device
+    from workers.setup import build_executor, describe_model, memory_budget, pick_device
     from workers.worker import GroupBroken, Heart, Worker
 
     device = pick_device(config)
@@ -43,13 +44,15 @@ def _serve(folder: Path, config: Config, seat: Seat, channel: WorkerChannel) -> 
     card = card_for(read_configs(folder))
     try:
         executor, family, precisions = build_executor(config, folder, card, device, seat.rank, seat.generation, sender)
+        measurements = measure(executor, family, card, config.layout)
     except Exception as error:
         reason = f"cannot load {config.model_path}: {type(error).__name__}: {error}"
         channel.send(ItemFailed(seat.rank, -1, "load_failed", reason, group_broken=True))
         channel.close(linger_s=2.0)
         raise
     model = describe_model(config, folder, family, precisions, device) if seat.rank == 0 else None
-    channel.send(Ready(seat.rank, seat.generation, model))
+    budget = memory_budget(device, config.num_gpus)
+    channel.send(Ready(seat.rank, seat.generation, model, budget, measurements if seat.rank == 0 else ()))
     heart = Heart(seat)
     heart.start()
     log.info("ready", device=str(device), layout=str(config.layout))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import psutil
 import torch
 
 from runtime.config import Config
@@ -16,6 +17,9 @@ from workers.frames import FrameSender
 from workers.models.family import Family, Precisions, load_family
 from workers.parallel.groups import init_distributed, make_groups
 from workers.parallel.sequence import SequenceParallel
+
+STATE_SHARE = 0.5
+"""Of the free memory; the rest is for the activations of a forward and of a decode."""
 
 
 def pick_device(config: Config) -> torch.device:
@@ -54,3 +58,10 @@ def describe_model(
         device=device.type,
         layout=config.layout,
     )
+
+
+def memory_budget(device: torch.device, ranks_on_host: int) -> int:
+    """Bytes for the states of requests: what is free after loading, less room for activations."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0] * STATE_SHARE)
+    return int(psutil.virtual_memory().available * STATE_SHARE / ranks_on_host)

@@ -19,6 +19,9 @@ from runtime.sampling import ResolvedParams, SamplingParams
 TEXT_TOKENS = 512
 """Every prompt is padded to this many tokens, which the denoiser attends to unmasked."""
 
+FOLDED_TEXT = 32
+"""Text tokens of a usual prompt once its padding is folded into one."""
+
 PIPELINE_DEFAULTS: dict[str, float] = {
     "height": 480,
     "width": 832,
@@ -118,7 +121,7 @@ class WanCard:
     def step_flops(self, params: ResolvedParams) -> float:
         """2 per multiply-add: projections, self- and cross-attention scores, feed-forward, the text's K and V."""
         s, d = self.tokens(params), self.heads * self.head_dim
-        per_layer = s * (6 * d * d + 2 * self.ffn_dim * d) + 2 * TEXT_TOKENS * d * d + 2 * s * (s + TEXT_TOKENS) * d
+        per_layer = s * (6 * d * d + 2 * self.ffn_dim * d) + 2 * FOLDED_TEXT * d * d + 2 * s * (s + FOLDED_TEXT) * d
         return 2.0 * per_layer * self.layers * len(self.branches(params, 0))
 
     def branches(self, params: ResolvedParams, step: int) -> tuple[str, ...]:

@@ -6,12 +6,14 @@ Follows `diffusers.WanPipeline` formula by formula, so that the same seed gives 
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from diffusers import AutoencoderKLWan, WanTransformer3DModel
 from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, unpatchify
 from diffusers.utils.torch_utils import randn_tensor
@@ -21,6 +23,7 @@ from runtime.config import Config
 from runtime.models.card import Card
 from runtime.models.wan import TEXT_TOKENS
 from runtime.protocol import Request, TokenizerExport
+from workers.attention.backends import Attend
 from workers.models.loading import load_scheduler
 from workers.parallel.sequence import SequencePlan
 from workers.state import RequestState
@@ -43,7 +46,7 @@ class WanAttention:
     Shapes: hidden_states (B, S, H*D) -> (B, S, H*D), where S may be this rank's share of the tokens.
     """
 
-    def __init__(self, attend: Any) -> None:
+    def __init__(self, attend: Attend) -> None:
         self._attend = attend
 
     def __call__(
@@ -54,17 +57,74 @@ class WanAttention:
         attention_mask: torch.Tensor | None = None,
         rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
     ) -> torch.Tensor:
-        assert encoder_hidden_states is None, "cross-attention keeps diffusers' own processor"
-        assert attention_mask is None, "Wan's self-attention has no mask"
-        q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
-        k = attn.norm_k(attn.to_k(hidden_states)).unflatten(2, (attn.heads, -1))
-        v = attn.to_v(hidden_states).unflatten(2, (attn.heads, -1))
-        if rotary_emb is not None:
-            q, k = _rotate(q, *rotary_emb), _rotate(k, *rotary_emb)
-        out = self._attend(q, k, v).flatten(2, 3).type_as(q)
-        for layer in attn.to_out:
-            out = layer(out)
-        return out
+        assert encoder_hidden_states is None, "this is cross-attention"
+        assert rotary_emb is not None
+        q, k, v = _project(attn, hidden_states, hidden_states)
+        q, k = _rotate(q, *rotary_emb), _rotate(k, *rotary_emb)
+        return _finish(attn, self._attend(q, k, v).type_as(q))
+
+
+class TextAttention:
+    """Attention processor of one Wan cross-attention, over a text whose padding was folded into one token.
+
+    The pipeline attends to 512 text tokens without a mask; all padding is zero before the text embedder, so all of it
+    has one key and one value, and n equal keys weigh as much as one with log(n) added to its score. Exact, and some
+    five hundred text tokens cheaper in every layer.
+    """
+
+    def __init__(self, text: FoldedText) -> None:
+        self._text = text
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        rotary_emb: tuple[torch.Tensor, torch.Tensor] | None = None,
+    ) -> torch.Tensor:
+        assert encoder_hidden_states is not None, "this is self-attention"
+        q, k, v = (x.transpose(1, 2) for x in _project(attn, hidden_states, encoder_hidden_states))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=self._text.bias)
+        return _finish(attn, out.transpose(1, 2).type_as(q))
+
+
+@dataclass
+class FoldedText:
+    """The score bias that belongs to the text of the forward under way: (B, 1, 1, tokens)."""
+
+    bias: torch.Tensor | None = None
+
+    def fold(self, prompts: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(1, tokens_i, dim) per row, unpadded -> (B, longest + 1, dim); sets the bias to match."""
+        longest = max(prompt.shape[1] for prompt in prompts)
+        width = min(longest + 1, TEXT_TOKENS)
+        text = prompts[0].new_zeros(len(prompts), width, prompts[0].shape[-1])
+        bias = torch.full((len(prompts), 1, 1, width), -math.inf)
+        for row, prompt in enumerate(prompts):
+            tokens = prompt.shape[1]
+            text[row, :tokens] = prompt[0]
+            bias[row, ..., :tokens] = 0.0
+            if tokens < TEXT_TOKENS:
+                bias[row, ..., tokens] = math.log(TEXT_TOKENS - tokens)
+        self.bias = bias.to(device=text.device, dtype=text.dtype)
+        return text
+
+
+def _project(
+    attn: Any, hidden_states: torch.Tensor, context: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q of the hidden states, k and v of the context: (B, S, H, D) each."""
+    q = attn.norm_q(attn.to_q(hidden_states)).unflatten(2, (attn.heads, -1))
+    k = attn.norm_k(attn.to_k(context)).unflatten(2, (attn.heads, -1))
+    return q, k, attn.to_v(context).unflatten(2, (attn.heads, -1))
+
+
+def _finish(attn: Any, out_BSHD: torch.Tensor) -> torch.Tensor:
+    out = out_BSHD.flatten(2, 3)
+    for layer in attn.to_out:
+        out = layer(out)
+    return out
 
 
 def _rotate(x_BSHD: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -85,6 +145,7 @@ class WanFamily:
     denoiser: Any
     vae: Any
     solver: Any
+    text: FoldedText
     sequence_plan: SequencePlan = SEQUENCE_PLAN
     attention_processor: type[Any] = WanAttention
 
@@ -99,6 +160,9 @@ class WanFamily:
             folder / "transformer", dtype=dtypes["dit"], use_safetensors=True
         )
         vae = AutoencoderKLWan.from_pretrained(folder / "vae", dtype=dtypes["vae"], use_safetensors=True)
+        text = FoldedText()
+        for block in denoiser.blocks:
+            block.attn2.set_processor(TextAttention(text))
         if not config.vae_config.load_encoder:
             # Text-to-video never encodes pixels.
             vae.encoder = vae.quant_conv = None
@@ -112,6 +176,7 @@ class WanFamily:
             denoiser=denoiser.to(device).eval(),
             vae=vae.to(device).eval(),
             solver=load_scheduler(folder),
+            text=text,
         )
 
     @property
@@ -139,16 +204,12 @@ class WanFamily:
         return tuple(self.tokenizer(text, truncation=True, max_length=TEXT_TOKENS).input_ids)
 
     def _embed(self, tokens: tuple[int, ...]) -> torch.Tensor:
-        """(1, TEXT_TOKENS, text dim), zero after the last token.
+        """(1, tokens, text dim), without the padding that the pipeline masks in the encoder and zeroes after it.
 
-        The pipeline pads to TEXT_TOKENS before the encoder, masks the padding there and cuts it off afterwards, so it
-        need not be there at all. One prompt per forward: its embedding does not depend on its neighbours, to the bit.
+        One prompt per forward: its embedding does not depend on its neighbours, to the bit.
         """
         ids = torch.tensor([tokens], device=self.device)
-        hidden = self.text_encoder(ids, torch.ones_like(ids)).last_hidden_state
-        padded = hidden.new_zeros(1, TEXT_TOKENS, hidden.shape[-1])
-        padded[:, : len(tokens)] = hidden
-        return padded.to(self.dtype)
+        return self.text_encoder(ids, torch.ones_like(ids)).last_hidden_state.to(self.dtype)
 
     def prepare(
         self, request: Request, embeddings: dict[str, torch.Tensor], generator: torch.Generator
@@ -166,7 +227,7 @@ class WanFamily:
         return {
             "hidden_states": torch.cat([state.latents.to(self.dtype) for state, _ in rows]),
             "timestep": torch.stack([state.timestep for state, _ in rows]),
-            "encoder_hidden_states": torch.cat([state.embeddings[branch] for state, branch in rows]),
+            "encoder_hidden_states": self.text.fold([state.embeddings[branch] for state, branch in rows]),
             "return_dict": False,
         }
 
