@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections.abc import Iterable
 from typing import Annotated, Any
@@ -60,6 +61,8 @@ class VideoCreate(BaseModel):
     num_inference_steps: Whole | None = None
     guidance_scale: Number | None = None
     negative_prompt: str | None = None
+    priority: Whole | None = Field(None, description="-100 to 100; higher goes first among your own requests")
+    timeout: Number | None = Field(None, description="seconds after which the video is no longer wanted")
 
     def to_params(self, card: Card) -> SamplingParams:
         """The same in the runtime's words; raises `InvalidInput` where two of them contradict each other."""
@@ -97,6 +100,12 @@ class VideoCreate(BaseModel):
             message = f"{self.seconds:g} s at {fps} fps are {frames} frames, not num_frames={self.num_frames}"
             raise InvalidInput("seconds", f"{message}; give one of the two")
         return frames
+
+
+def account(request: Request) -> str:
+    """A name for the caller's API key: fair shares are per key, and the key itself goes no further than this."""
+    secret = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
+    return hashlib.sha256(secret.encode()).hexdigest()[:12] if secret else ""
 
 
 def resolve(body: VideoCreate, card: Card, model_name: str, max_prompt_chars: int) -> ResolvedParams:

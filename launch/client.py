@@ -33,13 +33,16 @@ class Client:
     def close(self) -> None:
         self._http.close()
 
-    def create(self, params: SamplingParams) -> dict[str, Any]:
-        """Queue one video; the answer is the Video object.
+    def create(
+        self, params: SamplingParams, *, priority: int | None = None, timeout: float | None = None
+    ) -> dict[str, Any]:
+        """Queue one video; the answer is the Video object. After `timeout` seconds it is no longer wanted.
 
         Raises:
             InvalidInput: the server refused a field.
         """
-        body = {name: value for name, value in asdict(params).items() if value is not None}
+        words = asdict(params) | {"priority": priority, "timeout": timeout}
+        body = {name: value for name, value in words.items() if value is not None}
         return self._json("POST", "/v1/videos", json=body)
 
     def retrieve(self, video_id: str) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from runtime.config import Config, check_config
 from runtime.errors import FramemeshError, StartFailed
 from runtime.models.card import Card, card_for, read_configs
 from runtime.protocol import MeshState, Request
-from runtime.sampling import ResolvedParams, SamplingParams
+from runtime.sampling import ResolvedParams, SamplingParams, check_terms
 
 T = TypeVar("T")
 
@@ -97,14 +97,20 @@ class Generator:
         """The same with every default filled in; raises `InvalidInput`."""
         return self.card.check(params)
 
-    def stream(self, params: SamplingParams) -> Iterator[Event]:
+    def stream(
+        self, params: SamplingParams, *, key: str = "", priority: int | None = None, timeout: float | None = None
+    ) -> Iterator[Event]:
         """Progress and Frames as they happen, Completed last. Leaving early cancels the generation.
+
+        Shares are fair between `key`s; within one, a higher `priority` goes first. After `timeout` seconds the
+        generation is no longer wanted.
 
         Raises:
             InvalidInput: before anything is queued.
             RequestFailed: the mesh gave up on it.
         """
-        request = self._connected.request(f"local-{secrets.token_hex(8)}", self.check(params))
+        terms = check_terms(priority, timeout, key)
+        request = self._connected.request(f"local-{secrets.token_hex(8)}", self.check(params), terms)
         events: queue.SimpleQueue[Event | Exception | None] = queue.SimpleQueue()
         pump = asyncio.run_coroutine_threadsafe(self._pump(request, events), self._loop)
         try:
@@ -153,7 +159,8 @@ class Generator:
     async def _start(self) -> None:
         supervisor = self._supervisor
         await supervisor.start()
-        self._mesh = Mesh(supervisor.scheduler_endpoint, supervisor.frames_endpoint)
+        delay_s = self.config.batching_delay_ms / 1000
+        self._mesh = Mesh(supervisor.scheduler_endpoint, supervisor.frames_endpoint, batching_delay_s=delay_s)
         await self._mesh.start()
         await supervisor.wait_ready()
         await self._mesh.wait_ready(30.0)

@@ -35,7 +35,7 @@ CRASH_LOOP = 3
 CRASH_WINDOW_S = 300.0
 """So many losses of the worker group within this time end the mesh with the last error."""
 GRACE_S = {"gateway": 5.0, "scheduler": 1.0}
-"""Between SIGTERM and SIGKILL. torchrun has nothing to tidy up: its ranks die with it, and it would print a traceback."""
+"""Between SIGTERM and SIGKILL. torchrun gets none: its ranks die with it, and it would print a traceback."""
 
 log = get_logger("supervisor")
 

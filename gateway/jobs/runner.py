@@ -21,7 +21,7 @@ from gateway.stream import EventLog, encode_stills, ending
 from runtime.errors import InvalidInput, RequestFailed
 from runtime.log import get_logger
 from runtime.protocol import Completed, Progress, Request
-from runtime.sampling import ResolvedParams
+from runtime.sampling import ResolvedParams, Terms
 
 SAVE_EVERY_S = 0.25
 """Progress goes to the store at most so often; changes of stage always do."""
@@ -56,7 +56,7 @@ class JobRunner:
         self._model_name = model_name
         self._live: dict[str, LiveJob] = {}
 
-    async def submit(self, params: ResolvedParams, idempotency_key: str | None = None) -> Job:
+    async def submit(self, params: ResolvedParams, terms: Terms, idempotency_key: str | None = None) -> Job:
         """Accept a job: it is in the store before this returns. A key that was used before returns its job.
 
         Raises:
@@ -66,6 +66,7 @@ class JobRunner:
         job = Job(
             id=new_video_id(),
             params=params,
+            terms=terms,
             model=self._model_name,
             created_at=time.time(),
             total_steps=params.num_inference_steps,
@@ -74,7 +75,7 @@ class JobRunner:
         # Whoever heard from the launcher that the mesh is ready may be here before the news of it.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._mesh.wait_model(), MODEL_PATIENCE_S)
-        request = await asyncio.to_thread(self._mesh.request, job.id, params)
+        request = await asyncio.to_thread(self._mesh.request, job.id, params, terms)
         stored = await self._store.insert(job)
         if stored.id == job.id:
             self._start(job, request)
@@ -178,7 +179,7 @@ class JobRunner:
         """(seconds per stage, name of the finished file)."""
         if request is None:
             await self._mesh.wait_model()
-            request = await asyncio.to_thread(self._mesh.request, live.job.id, live.job.params)
+            request = await asyncio.to_thread(self._mesh.request, live.job.id, live.job.params, live.job.terms)
         output_file = ""
         with contextlib.closing(Recording(self.outputs, live.job)) as recording:
             async with contextlib.aclosing(self._mesh.run(request)) as events:
@@ -227,7 +228,11 @@ class JobRunner:
         stills = await _in_thread(encode_stills, frames.pixels) if live.log.wants_stills else None
         done = frames.first + frames.count
         progress = DENOISE_SHARE + (99 - DENOISE_SHARE) * done // frames.total
-        live.job = msgspec.structs.replace(live.job, frames_done=done, progress=progress)
+        # Frames come on a socket of their own and may overtake the news that it runs.
+        started_at = live.job.started_at or time.time()
+        live.job = msgspec.structs.replace(
+            live.job, status="in_progress", started_at=started_at, frames_done=done, progress=progress
+        )
         data = {"first": frames.first, "count": frames.count, "total": frames.total}
         await live.log.publish("frames", data, stills)
         await self._save(live)

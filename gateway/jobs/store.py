@@ -31,7 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import IntegrityError
 
-from runtime.sampling import ResolvedParams
+from runtime.sampling import ResolvedParams, Terms
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 Order = Literal["asc", "desc"]
@@ -47,6 +47,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     params: ResolvedParams
     model: str
     created_at: float
+    terms: Terms = Terms()
     status: Status = "queued"
     progress: int = 0
     """Percent."""
@@ -86,6 +87,7 @@ _table = Table(
     Column("status", String(16), nullable=False, index=True),
     Column("progress", Integer, nullable=False),
     Column("params", Text, nullable=False),
+    Column("terms", Text, nullable=False),
     Column("model", Text, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("started_at", Float),
@@ -103,7 +105,7 @@ _table = Table(
     sqlite_autoincrement=True,
 )
 _columns = _table.c
-_JSON = {"params": ResolvedParams, "timings": dict[str, float]}
+_JSON = {"params": ResolvedParams, "terms": Terms, "timings": dict[str, float]}
 
 
 class JobStore:

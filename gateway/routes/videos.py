@@ -15,9 +15,10 @@ from starlette.responses import FileResponse, Response
 from gateway.jobs.outputs import VIDEO_ID
 from gateway.jobs.runner import JobRunner
 from gateway.jobs.store import Job, Order
-from gateway.schema import VideoCreate, read_video_create, reply, resolve, video_object
+from gateway.schema import VideoCreate, account, read_video_create, reply, resolve, video_object
 from gateway.stream import tell_ended, tell_live
 from runtime.errors import InvalidInput
+from runtime.sampling import check_terms
 
 POLL_MS = (250, 5000)
 
@@ -55,7 +56,8 @@ async def create(
     state = request.app.state
     body = await read_video_create(request)
     params = resolve(body, state.card, state.config.model_name, state.config.max_prompt_chars)
-    return reply(video_object(await runner.submit(params, idempotency_key)))
+    terms = check_terms(body.priority, body.timeout, account(request))
+    return reply(video_object(await runner.submit(params, terms, idempotency_key)))
 
 
 @router.get("")
