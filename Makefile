@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= a red circle moving right
 
-.PHONY: run serve test check bench clean
+.PHONY: run serve test check bench bench-serving clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.run  ## one prompt over HTTP through a 2-rank mesh; a video and a contact sheet in outputs/
@@ -21,10 +21,16 @@ check: $(VENV)/.test  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-bench: $(VENV)/.test  ## every number of bench/results/, measured again
+bench: $(VENV)/.test  ## the figures of bench/results/, measured again (about 10 minutes on a quiet machine)
 	$(BIN)/python -m bench.latency
 	$(BIN)/python -m bench.gaps
 	$(BIN)/python -m bench.idle
+	$(BIN)/python -m bench.throughput
+	$(BIN)/python -m bench.plan
+
+bench-serving: $(VENV)/.test  ## every policy and a naive diffusers server on the same traces (about 20 minutes)
+	$(BIN)/python -m bench.serving
+	$(BIN)/python -m bench.simulate --validate
 
 # The CPU build of torch satisfies the pin where that is what the index offers; a CUDA machine gets the CUDA build.
 $(VENV)/bin/python:

@@ -32,7 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     where = machine()
     torch.set_num_threads(1)
-    pipeline = _load_pipeline(args.model)
+    pipeline = load_pipeline(args.model)
     figures = {f"{ranks}_ranks": _compare(args.model, ranks, args.pairs, pipeline) for ranks in args.ranks}
     save("latency", where, figures)
 
@@ -78,7 +78,7 @@ def _theirs(pipeline: Any, params: Any) -> float:
     return time.monotonic() - started
 
 
-def _load_pipeline(model: str) -> Any:
+def load_pipeline(model: str) -> Any:
     from diffusers import WanPipeline
 
     with warnings.catch_warnings():

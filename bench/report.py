@@ -40,12 +40,12 @@ def spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
-def save(name: str, where: dict[str, Any], figures: dict[str, Any]) -> None:
-    """Print the figures and write them to results/NAME.json."""
+def save(name: str, where: dict[str, Any], figures: dict[str, Any], *, variant: str = "") -> None:
+    """Print the figures and write them to results/NAME.json, or to NAME_VARIANT.json."""
     result = {"command": " ".join(["python", "-m", f"bench.{name}", *sys.argv[1:]]), "machine": where, **figures}
     text = msgspec.json.format(msgspec.json.encode(result)).decode()
     print(text)
-    (RESULTS / f"{name}.json").write_text(text + "\n")
+    (RESULTS / f"{name}{variant and f'_{variant}'}.json").write_text(text + "\n")
 
 
 def _cpu_name() -> str:

@@ -38,6 +38,10 @@ ConfigFile = Annotated[str | None, Parameter(name="--config", group="Command", h
 DryRun = Annotated[
     bool, Parameter(group="Command", help="Check everything, print the resolved settings as JSON, start nothing.")
 ]
+MeshPlace = Annotated[
+    str | None,
+    Parameter(name="--mesh", help="Folder of the mesh, or its scheduler's endpoint; unset: the only one that runs."),
+]
 NO_CONFIG, NO_PARAMS, NO_OUTPUT = Config(), SamplingParams(), Output()
 
 
@@ -72,7 +76,7 @@ def _run(argv: list[str]) -> int:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
-    for command in (serve, generate, run, models, env):
+    for command in (serve, generate, run, top, jobs, cancel, models, env):
         app.command(command)
     return app(intake.tokens) or 0
 
@@ -128,6 +132,40 @@ def run(
     from launch.serve import run_once
 
     return run_once(config, ready.folder, params, output.output_file_name)
+
+
+def top(
+    *,
+    mesh: MeshPlace = None,
+    once: Annotated[bool, Parameter(negative="", help="Print one snapshot and leave.")] = False,
+) -> int:
+    """Watch a running mesh: ranks, queue, step times, memory; q leaves."""
+    from launch.top import top as follow
+
+    return follow(mesh, once=once)
+
+
+def jobs(
+    *,
+    mesh: MeshPlace = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="", help="One JSON array.")] = False,
+) -> int:
+    """List the requests of a running mesh."""
+    from launch.top import jobs as list_jobs
+
+    return list_jobs(mesh, as_json=as_json)
+
+
+def cancel(
+    request_id: Annotated[str, Parameter(name="ID", help="Of the request; its beginning will do.")],
+    /,
+    *,
+    mesh: MeshPlace = None,
+) -> int:
+    """Cancel a request of a running mesh."""
+    from launch.top import cancel as cancel_one
+
+    return cancel_one(mesh, request_id)
 
 
 def models(*, model_path: str | None = None, revision: str | None = None) -> int:

@@ -10,10 +10,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import socket
-import tempfile
 import time
 from collections import deque
 from collections.abc import Callable
@@ -24,6 +22,7 @@ import msgspec
 import psutil
 
 from launch.devices import pick_devices
+from launch.observe import RunFolder, sweep_dead_folders
 from launch.process import Child, python_module
 from runtime.config import Config, save_frozen
 from runtime.errors import PeerGone, StartFailed
@@ -51,8 +50,9 @@ class Supervisor:
         self._model_folder = folder
         self._with_gateway = with_gateway
         self._quiet = quiet
-        # mkdtemp makes it 0700: nobody else on the host can reach the sockets in it.
-        self._run_dir = Path(tempfile.mkdtemp(prefix="framemesh-"))
+        sweep_dead_folders()
+        self._folder = RunFolder(config.model_name)
+        self._run_dir = self._folder.path
         self._children: list[Child] = []
         self._control: AsyncChannel[FromSupervisor, FromScheduler] | None = None
         self._listener: asyncio.Task[None] | None = None
@@ -135,7 +135,7 @@ class Supervisor:
         await asyncio.gather(*(child.stop(GRACE_S.get(child.name, 0.0)) for child in self._children))
         if self._control is not None:
             self._control.close()
-        shutil.rmtree(self._run_dir, ignore_errors=True)
+        self._folder.remove()
 
     async def _spawn(
         self, name: str, command: list[str], environment: dict[str, str], announces: bool = False
@@ -155,6 +155,7 @@ class Supervisor:
         if not line:
             raise StartFailed(f"the gateway did not start{self._last_words('gateway')}")
         self.url = msgspec.json.decode(line)["url"]
+        self._folder.tell_url(self.url)
 
     async def _listen(self, control: AsyncChannel[FromSupervisor, FromScheduler]) -> None:
         while True:

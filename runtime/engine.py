@@ -20,6 +20,7 @@ from runtime.protocol import (
     ItemFailed,
     MeshState,
     ModelInfo,
+    Observe,
     Ready,
     Shutdown,
     Stored,
@@ -31,6 +32,7 @@ from runtime.protocol import (
     WorkItem,
 )
 from runtime.scheduler import Scheduler
+from runtime.status import StepTimes, take_status
 from runtime.wire import Channel, Received
 
 HEARTBEAT_LIMIT_S = 6.0
@@ -74,6 +76,7 @@ class Engine:
         self._losses = 0
         self._probed = 0.0
         self._trace = trace
+        self._step_times = StepTimes()
         self.stale = 0
         self.stopped = False
 
@@ -102,7 +105,7 @@ class Engine:
 
     def _hear(self, received: Received[ToScheduler], now: float) -> None:
         message, sender = received.message, received.sender
-        is_hello = isinstance(message, GatewayHello | WorkerHello | SupervisorHello)
+        is_hello = isinstance(message, GatewayHello | WorkerHello | SupervisorHello | Observe)
         if not is_hello and received.epoch != self._epoch:
             self.stale += 1
             log.warning("dropped: stale epoch", sender=sender, message=type(message).__name__)
@@ -127,6 +130,8 @@ class Engine:
                 self._scheduler.granted(sender, message.credits)
             case Drain():
                 self._scheduler.draining = True
+            case Observe():
+                self._answer(sender, message, now)
             case Ready() | Heartbeat() | Done() | ItemFailed():
                 self._hear_rank(sender, message, now)
 
@@ -147,7 +152,9 @@ class Engine:
             case Done():
                 if self._trace is not None:
                     self._trace(message)
-                self._scheduler.completed(message.rank, message.seq, message.finished - message.started, now)
+                seconds = message.finished - message.started
+                self._step_times.note(self._scheduler.running.get(message.seq), seconds)
+                self._scheduler.completed(message.rank, message.seq, seconds, now)
             case ItemFailed() if message.group_broken:
                 self._group_lost(f"rank {message.rank}: {message.reason}", now)
             case ItemFailed():
@@ -222,6 +229,23 @@ class Engine:
     def _greet(self, peer: bytes) -> None:
         self._send(peer, Welcome(self._epoch))
         self._send(peer, self._state())
+
+    def _answer(self, observer: bytes, question: Observe, now: float) -> None:
+        """One snapshot for one question. Observers are not kept: whoever went away is not missed."""
+        dropped = self._channel.dropped.malformed + self._channel.dropped.wrong_version
+        status = take_status(
+            self._scheduler,
+            self._ranks,
+            self._state(),
+            question.prefix,
+            now,
+            epoch=self._epoch,
+            step_times=self._step_times.latest,
+            stale=self.stale,
+            dropped=dropped,
+        )
+        self._send(observer, Welcome(self._epoch))
+        self._send(observer, status)
 
     def _announce(self) -> None:
         for peer in [*self._gateways, *self._supervisors]:

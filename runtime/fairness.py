@@ -1,14 +1,14 @@
 """Whose turn it is: weighted virtual time per API key, and each key's waiting requests in order. Knows no ranks.
 
 Start-time fair queuing (Goyal, Vin, Cheng, 1996): a key's clock advances by the predicted rank-seconds that it was
-given; the key that is furthest behind goes first; a key that was away comes back at the others' present.
+given; the key that is furthest behind goes first; a key that had nothing to run comes back at the present.
 """
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator, Set
+from collections.abc import Iterable, Iterator, Set
 from dataclasses import dataclass, field
 
 from runtime.request import RequestRecord
@@ -17,7 +17,8 @@ AGEING = 0.2
 """Seconds of predicted work that each second of waiting forgives: a request of R seconds waits at most about R / AGEING
 for a stream of shorter ones."""
 URGENT_S = 1.0
-"""A request that must start within this many seconds to meet its deadline goes before all that have time."""
+"""A request that must start within this many seconds to meet its deadline goes before all that have time; so does one
+that is late by no more: predictions are not that exact."""
 
 Rank = tuple[float, float, float]
 
@@ -58,10 +59,12 @@ class WaitingLine:
         """Whoever has to start now to meet its deadline, else the policy's first. Priority goes before both."""
         head = self._records[self._entries[0][1]][1]
         if self.policy == "srpt":
-            place = bisect.bisect_left(self._by_slack, (now, ""))
-            for latest_start, request_id in self._by_slack[place : place + 1]:
+            place = bisect.bisect_right(self._by_slack, (now - URGENT_S, ""))
+            for latest_start, request_id in self._by_slack[place:]:
+                if latest_start >= now + URGENT_S:
+                    break
                 record = self._records[request_id][1]
-                if latest_start < now + URGENT_S and record.request.priority >= head.request.priority:
+                if record.request.priority == head.request.priority:
                     return record
         return head
 
@@ -93,24 +96,40 @@ def order(record: RequestRecord, policy: str) -> Rank:
     return (-float(record.request.priority), slack, aged)
 
 
+def turn(record: RequestRecord, policy: str, now: float) -> Rank:
+    """`order` at the present: under srpt, within a priority, whoever has to start now goes first."""
+    priority, slack, aged = order(record, policy)
+    if policy == "srpt" and abs(record.deadline - record.remaining_s - now) < URGENT_S:
+        return (priority, -1.0, record.deadline - record.remaining_s)
+    return (priority, slack, aged)
+
+
 @dataclass
 class FairShare:
     """The clocks of all keys."""
 
-    clocks: dict[str, float] = field(default_factory=dict)
     weights: dict[str, float] = field(default_factory=dict)
+    """A key of weight 2 is given twice the service of one of weight 1, which is the default."""
+    clocks: dict[str, float] = field(default_factory=dict)
+    _waiting: Set[str] = frozenset()
     _present: float = 0.0
+    """The clock of whoever was served last, before its item."""
 
-    def arrive(self, key: str, busy: Set[str]) -> None:
-        """Work for a key: if it had none, it takes no credit for the time that it was away."""
-        if key not in busy:
-            self._present = max(self._present, min((self.clocks[other] for other in busy), default=self._present))
+    def wait(self, keys: Set[str]) -> None:
+        """All keys that could run something now. One that could not before gets no credit for that time: it was away,
+        or all that it had was running, or its gateway took no frames."""
+        for key in keys - self._waiting:
             self.clocks[key] = max(self.clocks.get(key, 0.0), self._present)
+        self._waiting = keys
+
+    def serve(self, key: str) -> None:
+        """It is this key's turn."""
+        self._present = max(self._present, self.clocks[key])
 
     def charge(self, key: str, rank_seconds: float) -> None:
         self.clocks[key] = self.clocks.get(key, self._present) + rank_seconds / self.weights.get(key, 1.0)
 
-    def lag(self, keys: list[str]) -> float:
-        """Furthest ahead less furthest behind, seconds of service; bounded by one item."""
+    def lag(self, keys: Iterable[str]) -> float:
+        """Furthest ahead less furthest behind, seconds of service."""
         clocks = [self.clocks[key] for key in keys]
         return max(clocks) - min(clocks) if clocks else 0.0

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+import bisect
+from dataclasses import dataclass, field
 
 import msgspec
 
 from runtime.models.card import Card
-from runtime.request import RequestRecord, Stage
+from runtime.request import RequestRecord
 from runtime.sampling import ResolvedParams
 
 GIB = 1 << 30
+GRID = 32
+"""Every family takes sides that are multiples of this many pixels."""
 
 
 @dataclass
@@ -19,60 +21,101 @@ class MemoryLedger:
     """The sum of `state_bytes` on any rank never exceeds the budget.
 
     Every active request holds its denoise state on every rank. A request is admitted only if, beside all those, the
-    largest decode among them would still fit: so one decode can always go on, and nothing waits for itself.
+    open decodes and the largest decode among them would still fit: so one decode can always go on, and nothing waits
+    for itself.
     """
 
     card: Card
     budget: int | None = None
     """Bytes per rank; None until the ranks have told."""
+    _states: int = 0
+    """Bytes of states on every rank."""
+    _decode_sizes: list[int] = field(default_factory=list)
+    """What a decode of each holder adds, sorted."""
+    _open: dict[int, dict[str, int]] = field(default_factory=dict)
+    """Open decodes by rank and request, bytes."""
 
     def measure(self, record: RequestRecord) -> None:
         """Fill in what the request holds while it denoises, and what a decode adds on its rank."""
-        params = record.request.params
-        record.state_bytes = self.card.state_bytes(params, "denoise")
-        record.decode_bytes = max(self.card.state_bytes(params, "decode") - record.state_bytes, 0)
+        record.state_bytes, record.decode_bytes = self._bytes(record.request.params)
 
     def refusal(self, record: RequestRecord) -> str | None:
         """Why this request could never run, and what would; None if it can."""
         need = record.state_bytes + record.decode_bytes
         if self.budget is None or need <= self.budget:
             return None
-        fitting = self._largest(record.request.params)
+        params = record.request.params
+        fitting = self._fewer_frames(params) or self._smaller_size(params)
         advice = (
             f"{fitting.num_frames} frames of {fitting.width}x{fitting.height} would fit"
             if fitting is not None
-            else "take a smaller size"
+            else "no size of this model would fit"
         )
-        return f"it needs {need / GIB:.2f} GiB on a rank, {self.budget / GIB:.2f} GiB are free for requests; {advice}"
+        return f"it needs {need / GIB:.3g} GiB on a rank, {self.budget / GIB:.3g} GiB are free for requests; {advice}"
 
-    def admits(self, record: RequestRecord, active: Iterable[RequestRecord]) -> bool:
+    def admits(self, record: RequestRecord) -> bool:
         """Whether a queued request may get a state now."""
         if self.budget is None:
             return True
-        together = [*active, record]
-        held = sum(other.state_bytes for other in together)
-        return held + max(other.decode_bytes for other in together) <= self.budget
+        decodes = [sum(opened.values()) for opened in self._open.values()]
+        most = max([record.decode_bytes, *self._decode_sizes[-1:], *decodes])
+        return self._states + record.state_bytes + most <= self.budget
 
-    def may_open_decode(self, record: RequestRecord, rank: int, active: Iterable[RequestRecord]) -> bool:
+    def may_open_decode(self, record: RequestRecord, rank: int) -> bool:
         """Whether a decode may be opened on a rank, beside those that are open there; one at a time if in doubt."""
         if self.budget is None:
-            return all(other.decode_rank != rank or other.stage is not Stage.DECODE for other in active)
-        return self.held(rank, active) + record.decode_bytes <= self.budget
+            return rank not in self._open
+        return self.held(rank) + record.decode_bytes <= self.budget
 
-    def held(self, rank: int, active: Iterable[RequestRecord]) -> int:
+    def held(self, rank: int) -> int:
         """Bytes of states on a rank."""
-        return sum(
-            other.state_bytes + (other.decode_bytes if other.stage is Stage.DECODE and other.decode_rank == rank else 0)
-            for other in active
-        )
+        return self._states + sum(self._open[rank].values()) if rank in self._open else self._states
 
-    def _largest(self, params: ResolvedParams) -> ResolvedParams | None:
-        """The same with as many frames as fit."""
+    def enter(self, record: RequestRecord) -> None:
+        """Every rank holds its state from now on."""
+        self._states += record.state_bytes
+        bisect.insort(self._decode_sizes, record.decode_bytes)
+
+    def open_decode(self, record: RequestRecord, rank: int) -> None:
+        self._open.setdefault(rank, {})[record.id] = record.decode_bytes
+
+    def close_decode(self, record: RequestRecord) -> None:
+        """Its last chunk left the rank, or it ends; a decode that is not open may be closed."""
+        rank = record.decode_rank
+        if rank in self._open:
+            self._open[rank].pop(record.id, None)
+            if not self._open[rank]:
+                del self._open[rank]
+
+    def leave(self, record: RequestRecord) -> None:
+        """Its state is released."""
+        self.close_decode(record)
+        self._states -= record.state_bytes
+        del self._decode_sizes[bisect.bisect_left(self._decode_sizes, record.decode_bytes)]
+
+    def _bytes(self, params: ResolvedParams) -> tuple[int, int]:
+        """(of the state, what a decode adds)."""
+        state = self.card.state_bytes(params, "denoise")
+        return state, max(self.card.state_bytes(params, "decode") - state, 0)
+
+    def _fits(self, params: ResolvedParams) -> bool:
         assert self.budget is not None
-        frames = params.num_frames
-        while frames > 1:
-            frames = max(self.card.frames_for((frames - 2) / params.fps, params.fps), 1)
+        return sum(self._bytes(params)) <= self.budget
+
+    def _fewer_frames(self, params: ResolvedParams) -> ResolvedParams | None:
+        """The same size with as many frames as fit."""
+        for wished in range(params.num_frames - 1, 0, -1):
+            frames = self.card.frames_for(wished / params.fps, params.fps)
             smaller = msgspec.structs.replace(params, num_frames=frames)
-            if self.card.state_bytes(smaller, "decode") <= self.budget:
+            if frames < params.num_frames and self._fits(smaller):
+                return smaller
+        return None
+
+    def _smaller_size(self, params: ResolvedParams) -> ResolvedParams | None:
+        """All its frames, in about the same shape, as large as fits."""
+        for share in range(31, 0, -1):
+            height, width = (side * share // 32 // GRID * GRID for side in (params.height, params.width))
+            smaller = msgspec.structs.replace(params, height=height, width=width)
+            if min(height, width) > 0 and self._fits(smaller):
                 return smaller
         return None

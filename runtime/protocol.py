@@ -3,9 +3,11 @@
     gateway    -> scheduler   GatewayHello Submit Cancel Stored Grant
     worker     -> scheduler   WorkerHello Ready Heartbeat Done ItemFailed
     supervisor -> scheduler   SupervisorHello Drain
+    observer   -> scheduler   Observe Cancel
     scheduler  -> gateway     Welcome MeshState Progress Completed Failed Cancelled
     scheduler  -> worker      Welcome Encode Denoise Decode Release Shutdown
     scheduler  -> supervisor  Welcome MeshState Fence
+    scheduler  -> observer    Welcome Status
     worker     -> gateway     FramesChunk (+ a payload of raw pixels)
 
 Structs are arrays on the wire (positional), so a new field is appended with a default; anything else raises
@@ -281,12 +283,100 @@ class FramesChunk(Message, frozen=True):
     """On the last chunk: the rank's own seconds per stage."""
 
 
+# ---- observers ---------------------------------------------------------------------------------------------------
+
+
+class Observe(Message, frozen=True):
+    """How do things stand? A hello that is repeated for every Status; nothing is remembered of who asks."""
+
+    prefix: str = ""
+    """Only the request of this id, or else those whose ids begin so."""
+
+
+class RankStatus(msgspec.Struct, frozen=True):
+    """What a rank does now. `pid` 0: it has not joined."""
+
+    rank: int
+    host: str = ""
+    pid: int = 0
+    ready: bool = False
+    silent_s: float = 0.0
+    """Since the last sign of life."""
+    doing: str = ""
+    """In words: "idle", "denoise x3, 5 steps"."""
+    request_ids: tuple[str, ...] = ()
+    """Whom its item serves."""
+    running_s: float = 0.0
+    predicted_s: float = 0.0
+    """Of the whole item; 0 while there is none."""
+    held_bytes: int = 0
+    budget_bytes: int = 0
+    """For the states of requests; 0: not known."""
+
+
+class JobStatus(msgspec.Struct, frozen=True):
+    """Where a request is."""
+
+    id: str
+    key: str
+    stage: str
+    step: int
+    total: int
+    """Denoising steps, in the decode and after it chunks."""
+    eta_s: float
+    waited_s: float
+    """In the queue."""
+    age_s: float
+    """Since it arrived."""
+    priority: int = 0
+    cancelling: bool = False
+    """Ends with its item."""
+
+
+class StepTime(msgspec.Struct, frozen=True):
+    """The latest item of a kind: seconds per unit, measured and as predicted when it began."""
+
+    kind: str
+    batch: int
+    units: int
+    seconds: float
+    predicted_s: float
+
+
+class Status(Message, frozen=True):
+    """A snapshot of one mesh."""
+
+    epoch: int
+    ready: bool
+    reason: str
+    layout: Layout
+    policy: str
+    model: str
+    """Empty until a rank has loaded it."""
+    losses: int
+    ranks: tuple[RankStatus, ...]
+    jobs: tuple[JobStatus, ...]
+    """All that the ranks work on, then the first of the queue."""
+    queued: dict[str, int]
+    """Requests in line by key, those that `jobs` leaves out too."""
+    step_times: tuple[StepTime, ...]
+    cost_error: float | None
+    """Median error of the latest predictions, relative."""
+    stale: int
+    """Messages dropped because they were for another epoch or of a rank that is gone."""
+    dropped: int
+    """Messages dropped because they could not be read."""
+    draining: bool = False
+
+
 FromGateway = GatewayHello | Submit | Cancel | Stored | Grant
 FromWorker = WorkerHello | Ready | Heartbeat | Done | ItemFailed
 FromSupervisor = SupervisorHello | Drain
-ToScheduler = FromGateway | FromWorker | FromSupervisor
+FromObserver = Observe | Cancel
+ToScheduler = FromGateway | FromWorker | FromSupervisor | FromObserver
 
 ToGateway = Welcome | MeshState | Progress | Completed | Failed | Cancelled
 ToWorker = Welcome | WorkItem | Shutdown
 ToSupervisor = Welcome | MeshState | Fence
-FromScheduler = ToGateway | ToWorker | ToSupervisor
+ToObserver = Welcome | Status
+FromScheduler = ToGateway | ToWorker | ToSupervisor | ToObserver

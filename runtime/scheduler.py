@@ -11,15 +11,18 @@ when it ends runs next: that is all there is to pre-emption.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Hashable, Iterator
+import math
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import chain, islice
 
 from runtime.batching import BatchLimits, batch_budget
 from runtime.cost import CostModel
-from runtime.fairness import FairShare, WaitingLine, order
+from runtime.fairness import FairShare, WaitingLine, order, turn
 from runtime.layout import Layout
 from runtime.memory import MemoryLedger
 from runtime.models.card import Card
+from runtime.predictions import Predictions
 from runtime.protocol import (
     Cancelled,
     Completed,
@@ -41,6 +44,7 @@ MAX_ACTIVE = 64
 """Requests whose state the ranks hold at once, memory allowing."""
 
 News = Progress | Completed | Failed | Cancelled
+Waiting = dict[str, list[RequestRecord]]
 
 
 @dataclass
@@ -78,25 +82,33 @@ class Scheduler:
     limits: BatchLimits = field(default_factory=BatchLimits)
     max_active: int = MAX_ACTIVE
     item_seconds: float = ITEM_SECONDS
+    weights: dict[str, float] = field(default_factory=dict)
+    """Shares of the API keys; 1 for a key that is not here."""
     draining: bool = False
     ready: bool = False
     memory: MemoryLedger = field(init=False)
+    predictions: Predictions = field(init=False)
     running: dict[int, Running] = field(default_factory=dict)
     _requests: dict[str, RequestRecord] = field(default_factory=dict)
     _active: dict[str, RequestRecord] = field(default_factory=dict)
     _lines: dict[str, WaitingLine] = field(default_factory=dict)
-    _fair: FairShare = field(default_factory=FairShare)
-    _joinable: dict[Hashable, dict[str, RequestRecord]] = field(default_factory=dict)
-    """Queued requests by the batch that their first step could join."""
+    _joinable: dict[Hashable, dict[str, WaitingLine]] = field(default_factory=dict)
+    """The same requests by the batch that their first step could join."""
+    _fair: FairShare = field(init=False)
+    _heirs: dict[str, RequestRecord] = field(default_factory=dict)
+    """Requests that start again for another gateway as soon as the item that they are in is over."""
     _deadlines: list[tuple[float, str]] = field(default_factory=list)
     _gateways: dict[bytes, _Gateway] = field(default_factory=dict)
     _releases: list[str] = field(default_factory=list)
     _news: list[tuple[bytes, News]] = field(default_factory=list)
+    _budget_changed: bool = False
     _groups: int = 0
     _seq: int = 0
 
     def __post_init__(self) -> None:
         self.memory = MemoryLedger(self.card)
+        self.predictions = Predictions(self.cost, self.layout)
+        self._fair = FairShare(self.weights)
 
     # ---- events ----------------------------------------------------------------------------------------------
 
@@ -106,22 +118,25 @@ class Scheduler:
     def gateway_lost(self, gateway: bytes, now: float) -> None:
         """Nobody is left to take the frames: its requests end."""
         if self._gateways.pop(gateway, None) is not None:
-            for record in [r for r in self._requests.values() if r.gateway == gateway]:
+            for record in [r for r in self._requests.values() if self._heirs.get(r.id, r).gateway == gateway]:
                 self.cancel(record.id, "its gateway is gone", now)
 
     def submit(self, gateway: bytes, requests: tuple[Request, ...], now: float) -> None:
-        """Queue what arrived together. A known id is the same request again and changes nothing."""
+        """Queue what arrived together. A known id changes nothing, unless it comes from another gateway."""
         self._groups += 1
         for request in requests:
-            if request.id not in self._requests:
-                self._take(RequestRecord(request, gateway, now, self._groups), now)
+            record = RequestRecord(request, gateway, now, self._groups)
+            if request.id in self._requests:
+                self._take_over(record, now)
+            else:
+                self._take(record, now)
 
     def cancel(self, request_id: str, reason: str, now: float) -> None:
         """Queued work ends now, running work when its item does."""
         record = self._requests.get(request_id)
         if record is None:
             return
-        record.cancel_reason = reason
+        self._heirs.get(request_id, record).cancel_reason = reason
         if not record.running:
             self._end(record, Stage.CANCELLED, Cancelled(record.id, reason), now)
 
@@ -163,6 +178,7 @@ class Scheduler:
         """Every rank has the model; `memory_budget` is what the poorest of them has for states, bytes."""
         self.ready = True
         self.memory.budget = memory_budget
+        self._budget_changed = True
 
     def group_lost(self, reason: str, now: float) -> None:
         """The ranks and every state they held are gone. What was active fails; what was queued waits."""
@@ -181,13 +197,20 @@ class Scheduler:
     def plan(self, now: float) -> list[WorkItem]:
         """Items to start now, in the one global order."""
         self._expire(now)
+        self._refuse_too_large(now)
         items: list[WorkItem] = []
         if self._releases:
             items.append(Release(self._next_seq(), self._all_ranks(), tuple(self._releases)))
             self._releases.clear()
-        while self.ready and (item := self._next_item(now)) is not None:
-            predicted = self._charge(item)
+        # A rank waits for the others of its last item: whether that one failed decides what comes next.
+        busy = {rank for running in self.running.values() for rank in running.item.ranks}
+        free = [rank for rank in self._all_ranks() if rank not in busy]
+        waiting = self._waiting(now) if self.ready and free else {}
+        while waiting and free and (item := self._next_item(waiting, free, now)) is not None:
+            predicted = self.predictions.seconds(item, next(self._records_of(item)).request.params)
+            self._charge(item, predicted)
             self.running[item.seq] = Running(item, now, predicted, set(item.ranks))
+            free = [rank for rank in free if rank not in item.ranks]
             items.append(item)
         return items
 
@@ -209,75 +232,100 @@ class Scheduler:
         """When `plan` has to be called at the latest though nothing happened."""
         return self._deadlines[0][0] if self._deadlines else None
 
-    def _next_item(self, now: float) -> Encode | Denoise | Decode | None:
-        # A rank waits for the others of its last item: whether that one failed decides what comes next.
-        busy = {rank for running in self.running.values() for rank in running.item.ranks}
-        free = [rank for rank in self._all_ranks() if rank not in busy]
-        mesh_free = not busy
+    def _next_item(self, waiting: Waiting, free: list[int], now: float) -> Encode | Denoise | Decode | None:
+        self._fair.wait({key for key, records in waiting.items() if any(not r.running for r in records)})
         admitting = True
-        for record in self._in_order(now) if free else ():
+        for record in self._in_turn(waiting):
+            item: Encode | Denoise | Decode | None = None
             if record.stage is Stage.DECODE:
-                decode = self._plan_decode(record, free)
-                if decode is not None:
-                    return decode
-                continue
-            if record.stage is Stage.QUEUED:
-                # Whoever finds no room holds the door shut behind itself, or it would wait for ever.
-                admitting = admitting and self._has_room(record)
-                if not admitting:
+                item = self._plan_decode(record, free)
+                if item is None:
                     continue
-            if not mesh_free:
+            elif record.stage is Stage.QUEUED and not (admitting and self._has_room(record)):
+                # Whoever finds no room holds the door shut behind itself, or it would wait for ever.
+                admitting = False
+                continue
+            elif len(free) < self.layout.num_ranks:
                 # The whole mesh is due for this one: work for a single free rank would keep it waiting.
                 return None
-            plan = self._plan_encode if record.stage is Stage.QUEUED else self._plan_denoise
-            return plan(record, now)
+            elif record.stage is Stage.QUEUED:
+                item = self._plan_encode(record, now)
+            else:
+                item = self._plan_denoise(record, waiting, admitting, now)
+            self._fair.serve(record.key)
+            return item
         return None
 
-    def _in_order(self, now: float) -> Iterator[RequestRecord]:
-        """Requests that could run, first the key that is furthest behind; of those in line only each key's first."""
-        by_key: dict[str, list[RequestRecord]] = {}
+    def _waiting(self, now: float) -> Waiting:
+        """Requests that could run, by key, in their turn; of those in line only each key's first."""
+        waiting: Waiting = {}
         for record in self._active.values():
-            if not record.running and record.stage is not Stage.DELIVER:
-                by_key.setdefault(record.key, []).append(record)
+            if not record.running and self._wants_ranks(record):
+                waiting.setdefault(record.key, []).append(record)
         for key, line in self._lines.items():
-            if len(line):
-                by_key.setdefault(key, []).append(line.first(now))
-        for key in sorted(by_key, key=lambda key: (self._fair.clocks[key], key)):
-            yield from sorted(by_key[key], key=lambda record: order(record, self.policy))
+            waiting.setdefault(key, []).append(line.first(now))
+        for records in waiting.values():
+            records.sort(key=lambda record: turn(record, self.policy, now))
+        return waiting
+
+    def _wants_ranks(self, record: RequestRecord) -> bool:
+        if record.stage is Stage.DECODE:
+            return self._gateways[record.gateway].credits > 0
+        return record.stage is not Stage.DELIVER
+
+    def _in_turn(self, waiting: Waiting) -> Iterator[RequestRecord]:
+        """First the key that is furthest behind."""
+        for key in sorted(waiting, key=lambda key: (self._fair.clocks[key], key)):
+            yield from (record for record in waiting[key] if not record.running)
 
     def _has_room(self, record: RequestRecord) -> bool:
-        return len(self._active) < self.max_active and self.memory.admits(record, self._active.values())
+        return len(self._active) < self.max_active and self.memory.admits(record)
 
     def _plan_encode(self, first: RequestRecord, now: float) -> Encode:
         """The first in line, with what was submitted together with it."""
-        group = [record for record in self._lines[first.key] if record.group == first.group and record is not first]
-        return self._encode([first, *group], len(group) + 1, now)
+        group = (record for record in self._lines[first.key] if record.group == first.group and record is not first)
+        return self._encode(chain([first], group), self.max_active, now)
 
-    def _plan_denoise(self, first: RequestRecord, now: float) -> Encode | Denoise:
-        """A batch around the first; whoever could join it from the line is encoded before."""
+    def _plan_denoise(self, first: RequestRecord, waiting: Waiting, admitting: bool, now: float) -> Encode | Denoise:
+        """A batch around the first; whoever could join it from the line is encoded before, if the door is open."""
         params = first.request.params
         key = self.card.batch_key(params, first.step)
         budget = batch_budget(self.cost, self.limits, params, self.layout)
         batch = [first]
         if budget > 1:
-            others = (r for r in self._in_order(now) if r.stage is Stage.DENOISE and r is not first)
-            batch += [r for r in others if self.card.batch_key(r.request.params, r.step) == key][: budget - 1]
-            joining = [r for r in self._joinable.get(key, {}).values() if self._has_room(r)]
-            if joining and len(batch) < budget:
-                return self._encode(joining, budget - len(batch), now)
+            active = [r for r in self._in_turn(waiting) if r.stage is Stage.DENOISE and r is not first]
+            fitting = [r for r in active if self.card.batch_key(r.request.params, r.step) == key]
+            lines = self._joinable.get(key, {})
+            ceiling = self._ceiling(waiting, {first.key, *lines, *(r.key for r in fitting)})
+            batch += [r for r in fitting if self._fair.clocks[r.key] <= ceiling][: budget - 1]
+            keys = sorted(
+                (k for k in lines if self._fair.clocks[k] <= ceiling), key=lambda k: (self._fair.clocks[k], k)
+            )
+            joining = next((r for k in keys for r in lines[k]), None) if admitting and len(batch) < budget else None
+            if joining is not None and self._has_room(joining):
+                return self._encode(chain.from_iterable(lines[k] for k in keys), budget - len(batch), now)
         left = min(record.total_steps - record.step for record in batch)
         steps = self._units(self.cost.predict("denoise", params, self.layout, len(batch)), left)
         for record in batch:
             record.running = True
         return Denoise(self._next_seq(), self._all_ranks(), self.layout, tuple(r.id for r in batch), steps)
 
-    def _encode(self, candidates: list[RequestRecord], most: int, now: float) -> Encode:
-        """From the line into the ranks' memory, as many as find room; the first of them does."""
+    def _ceiling(self, waiting: Waiting, joining: set[str]) -> float:
+        """How far ahead a key may be to share another's batch: one item more than a key that waits for this batch to
+        end. Without it, a busy key would ride along with one that is always behind."""
+        kept_waiting = [self._fair.clocks[key] for key in waiting if key not in joining]
+        return min(kept_waiting, default=math.inf) + self.item_seconds * self.layout.num_ranks
+
+    def _encode(self, candidates: Iterable[RequestRecord], most: int, now: float) -> Encode:
+        """From the line into the ranks' memory, as many as find room and an item lasts; the first of them does."""
+        first, *others = islice(candidates, min(most, self.max_active))
+        most = self._units(self.cost.predict("encode", first.request.params, self.layout), most)
         entered: list[Request] = []
-        for record in candidates:
+        for record in [first, *others]:
             if len(entered) < most and self._has_room(record):
                 self._leave_line(record)
                 self._active[record.id] = record
+                self.memory.enter(record)
                 record.move(Stage.ENCODE, now)
                 record.running = True
                 self._report(record)
@@ -287,48 +335,55 @@ class Scheduler:
     def _plan_decode(self, record: RequestRecord, free: list[int]) -> Decode | None:
         """The next chunks, on the rank where the decode is open, or on a free one with room for it."""
         gateway = self._gateways[record.gateway]
+        if gateway.credits < 1:
+            return None
         if record.decode_rank is None:
-            ranks = [r for r in free if self.memory.may_open_decode(record, r, self._active.values())]
-            ranks.sort(key=lambda rank: self.memory.held(rank, self._active.values()))
-        else:
-            ranks = [r for r in free if r == record.decode_rank]
-        if not ranks or gateway.credits < 1:
+            # If the rank with the most room has too little, every other has.
+            rank = min(free, key=self.memory.held)
+            if self.memory.budget is None:
+                rank = next((r for r in free if self.memory.may_open_decode(record, r)), rank)
+            if not self.memory.may_open_decode(record, rank):
+                return None
+            record.decode_rank = rank
+            self.memory.open_decode(record, rank)
+        elif record.decode_rank not in free:
             return None
         seconds = self.cost.predict("decode", record.request.params, self.layout)
         # The first chunk goes alone, so that the first frame does not wait for its neighbours.
         chunks = 1 if record.chunk == 0 else self._units(seconds, record.total_chunks - record.chunk)
         chunks = min(chunks, gateway.credits)
         gateway.credits -= chunks
-        record.decode_rank = ranks[0]
         record.running = True
-        return Decode(self._next_seq(), (ranks[0],), record.id, chunks, gateway.endpoint)
+        return Decode(self._next_seq(), (record.decode_rank,), record.id, chunks, gateway.endpoint)
 
     def _units(self, seconds: float, left: int) -> int:
         return max(1, min(left, round(self.item_seconds / seconds)))
 
-    def _charge(self, item: Encode | Denoise | Decode) -> float:
-        """Book the item's predicted rank-seconds on its requests' keys; returns its predicted seconds."""
+    def _charge(self, item: Encode | Denoise | Decode, seconds: float) -> None:
+        """Book the item's predicted rank-seconds on its requests' keys."""
         records = list(self._records_of(item))
-        params = records[0].request.params
-        match item:
-            case Encode():
-                seconds = len(records) * self.cost.predict("encode", params, self.layout)
-            case Denoise():
-                seconds = item.steps * self.cost.predict("denoise", params, self.layout, len(records))
-            case Decode():
-                seconds = item.chunks * self.cost.predict("decode", params, self.layout)
         for record in records:
             self._fair.charge(record.key, seconds * len(item.ranks) / len(records))
-        return seconds
 
     def _expire(self, now: float) -> None:
         """Requests past their timeout end, running ones when their item does."""
         while self._deadlines and self._deadlines[0][0] <= now:
             _, request_id = heapq.heappop(self._deadlines)
             record = self._requests.get(request_id)
-            if record is not None and record.cancel_reason is None:
+            # The id may have ended and started again since.
+            if record is not None and record.deadline <= now and record.cancel_reason is None:
                 timeout = record.request.timeout_s
                 self.cancel(request_id, f"its timeout of {timeout:g} s passed in {self._where(record)}", now)
+
+    def _refuse_too_large(self, now: float) -> None:
+        """What was taken before the ranks told their budget, and does not fit it, would wait for ever."""
+        if not self._budget_changed:
+            return
+        self._budget_changed = False
+        for record in [r for r in self._requests.values() if r.stage is Stage.QUEUED]:
+            too_large = self.memory.refusal(record)
+            if too_large is not None:
+                self._fail(record, "out_of_memory", too_large, now)
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------
 
@@ -337,18 +392,31 @@ class Scheduler:
         self._requests[record.id] = record
         record.total_chunks = len(self.card.decode_chunks(record.request.params))
         record.batch_key = self.card.batch_key(record.request.params, 0)
-        record.remaining_s = self._remaining(record)
+        record.remaining_s = self.predictions.remaining(record)
         self.memory.measure(record)
+        if record.cancel_reason is not None:
+            self._end(record, Stage.CANCELLED, Cancelled(record.id, record.cancel_reason), now)
+            return
         refusal = self._refusal(record)
         if refusal is not None:
             self._fail(record, *refusal, now)
             return
         if record.request.timeout_s is not None:
             heapq.heappush(self._deadlines, (record.deadline, record.id))
-        self._fair.arrive(record.key, {other.key for other in self._requests.values() if other is not record})
         self._lines.setdefault(record.key, WaitingLine(self.policy)).add(record)
-        self._joinable.setdefault(record.batch_key, {})[record.id] = record
+        self._joinable.setdefault(record.batch_key, {}).setdefault(record.key, WaitingLine(self.policy)).add(record)
         self._report(record)
+
+    def _take_over(self, heir: RequestRecord, now: float) -> None:
+        """A gateway that was started anew hands in the jobs that it still owes: what runs for the old one ends unheard
+        and starts again. From the same gateway, or from one that was given up, it is the same request again."""
+        record = self._requests[heir.id]
+        if heir.gateway == self._heirs.get(heir.id, record).gateway or heir.gateway not in self._gateways:
+            return
+        self._heirs[heir.id] = heir
+        record.cancel_reason = "another gateway took it over"
+        if not record.running:
+            self._end(record, Stage.CANCELLED, Cancelled(record.id, record.cancel_reason), now)
 
     def _refusal(self, record: RequestRecord) -> tuple[str, str] | None:
         """(code, reason) for what cannot be taken."""
@@ -360,16 +428,19 @@ class Scheduler:
         return ("out_of_memory", too_large) if too_large is not None else None
 
     def _leave_line(self, record: RequestRecord) -> None:
-        self._lines[record.key].remove(record)
-        self._joinable[record.batch_key].pop(record.id)
-        if not self._joinable[record.batch_key]:
+        joinable = self._joinable[record.batch_key]
+        for lines in (self._lines, joinable):
+            lines[record.key].remove(record)
+            if not len(lines[record.key]):
+                del lines[record.key]
+        if not joinable:
             del self._joinable[record.batch_key]
 
     def _finish(self, running: Running, now: float) -> None:
         item = running.item
         records = list(self._records_of(item))
         if running.failure is None and records:
-            self._observe(item, records, running.seconds)
+            self.predictions.observe(item, records[0].request.params, running.seconds)
         for record in records:
             record.running = False
             if running.failure is not None:
@@ -383,16 +454,6 @@ class Scheduler:
                 self._report(record)
                 self._end_if_stored(record, now)
 
-    def _observe(self, item: Encode | Denoise | Decode, records: list[RequestRecord], seconds: float) -> None:
-        params = records[0].request.params
-        match item:
-            case Encode():
-                self.cost.observe("encode", params, self.layout, len(item.requests), seconds)
-            case Denoise():
-                self.cost.observe("denoise", params, self.layout, item.steps, seconds, len(item.request_ids))
-            case Decode():
-                self.cost.observe("decode", params, self.layout, item.chunks, seconds)
-
     def _advance(self, record: RequestRecord, item: Encode | Denoise | Decode, now: float) -> None:
         match item:
             case Encode():
@@ -404,8 +465,9 @@ class Scheduler:
             case Decode():
                 record.chunk += item.chunks
                 if record.chunk == record.total_chunks:
+                    self.memory.close_decode(record)
                     record.move(Stage.DELIVER, now)
-        record.remaining_s = self._remaining(record)
+        record.remaining_s = self.predictions.remaining(record)
 
     def _records_of(self, item: Encode | Denoise | Decode) -> Iterator[RequestRecord]:
         match item:
@@ -430,11 +492,16 @@ class Scheduler:
             self._leave_line(record)
         if record.stage in ACTIVE:
             del self._active[record.id]
+            self.memory.leave(record)
             if self.ready:
                 self._releases.append(record.id)
         record.move(stage, now)
         del self._requests[record.id]
-        self._news.append((record.gateway, news))
+        heir = self._heirs.pop(record.id, None)
+        if heir is None:
+            self._news.append((record.gateway, news))
+        else:
+            self._take(heir, now)
 
     def _report(self, record: RequestRecord) -> None:
         done, total = record.step, record.total_steps
@@ -453,17 +520,7 @@ class Scheduler:
             return 0, eta
         position, before_s = self._lines[record.key].ahead_of(record)
         # The other keys' lines take their turns in between.
-        sharing = sum(1 for line in self._lines.values() if len(line))
-        return position, eta + before_s * sharing
-
-    def _remaining(self, record: RequestRecord) -> float:
-        params = record.request.params
-        units = {
-            "encode": int(record.stage in {Stage.QUEUED, Stage.ENCODE}),
-            "denoise": record.total_steps - record.step,
-            "decode": record.total_chunks - record.chunk,
-        }
-        return sum(count * self.cost.predict(kind, params, self.layout) for kind, count in units.items())
+        return position, eta + before_s * len(self._lines)
 
     def _where(self, record: RequestRecord) -> str:
         if record.stage is Stage.DENOISE:

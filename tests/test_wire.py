@@ -26,10 +26,14 @@ from runtime.protocol import (
     FramesChunk,
     FromScheduler,
     Grant,
+    JobStatus,
+    Measurement,
     Message,
     ModelInfo,
+    RankStatus,
     Ready,
     Request,
+    StepTime,
     Submit,
     TokenizerExport,
     ToScheduler,
@@ -64,19 +68,29 @@ MODEL = ModelInfo(
 )
 REQUEST = Request("r1", PARAMS, {"text_encoder": {"prompt": (5, 6, 1), "negative_prompt": (1,)}}, attempt=2)
 
-SAMPLES: dict[object, object] = {
-    int: 7,
-    float: 0.25,
-    str: "wört",
-    bool: True,
-    tuple[int, ...]: (0, 1, 2),
-    tuple[str, ...]: ("a", "b"),
-    dict[str, float]: {"encode": 0.5},
-    Layout: Layout(1, 2, 4),
-    tuple[Request, ...]: (REQUEST, Request("r2", PARAMS)),
-    ModelInfo | None: MODEL,
-}
-"""A value that is not the default for every type that a message's field may have."""
+PLAIN = {int: 7, float: 0.25, str: "wört", bool: True, typing.Any: {"patch": [1, 2, None], "eps": 1e-6}}
+
+
+def sample(kind):
+    """A value that is no default, for any type that a message's field may have."""
+    if kind in PLAIN:
+        return PLAIN[kind]
+    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+        return full(kind)
+    arguments = [argument for argument in typing.get_args(kind) if argument not in {type(None), Ellipsis}]
+    match typing.get_origin(kind):
+        case origin if origin is tuple:
+            return (sample(arguments[0]),) * 2
+        case origin if origin is dict:
+            return {sample(arguments[0]): sample(arguments[1])}
+        case _:
+            return sample(arguments[0])
+
+
+def full(struct):
+    """A Struct with every field set."""
+    hints = typing.get_type_hints(struct)
+    return struct(**{field.name: sample(hints[field.name]) for field in msgspec.structs.fields(struct)})
 
 
 def directions():
@@ -86,12 +100,6 @@ def directions():
 
 def messages_of(union):
     return typing.get_args(union) or (union,)
-
-
-def full(message_type):
-    """One message with every field set."""
-    hints = typing.get_type_hints(message_type)
-    return message_type(**{field.name: SAMPLES[hints[field.name]] for field in msgspec.structs.fields(message_type)})
 
 
 @pytest.fixture

@@ -1,0 +1,219 @@
+"""Serving under load, open loop: the same trace through every policy, whole-request FIFO, and a naive diffusers server.
+
+The load is set to a share of the measured whole-request capacity: `--calibrate` requests run back to back first.
+Predicted for 80 % short and 20 % long requests at 0.8 load: whole-request FIFO makes a short request wait for the long
+ones before it (mean wait of M/G/1: load / (1 - load) times half the mean residual, about two long services); at step
+boundaries with least remaining work first it waits for one item of 100 ms.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+os.environ["OMP_NUM_THREADS"] = "1"
+
+import httpx2 as httpx
+import numpy as np
+from numpy.typing import NDArray
+
+from bench.report import machine, save, spread
+from bench.workloads import WORKLOADS, Arrival
+from gateway.mesh import Frames, Mesh
+from launch.process import child_environment
+from launch.supervisor import Supervisor
+from launch.weights import resolve_model
+from runtime.config import Config
+from runtime.sampling import SamplingParams, Terms
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "whole-request fifo": {"scheduling_policy": "fifo", "max_active": 1, "batching_max_size": 1},
+    "fifo": {"scheduling_policy": "fifo"},
+    "srpt": {"scheduling_policy": "srpt"},
+    "srpt, no batching": {"scheduling_policy": "srpt", "batching_max_size": 1},
+    "deadline": {"scheduling_policy": "deadline"},
+}
+BASE = "whole-request fifo"
+
+Pixels = NDArray[np.uint8]
+
+
+@dataclass
+class Outcome:
+    """One trace through one server."""
+
+    latency_s: dict[str, float] = field(default_factory=dict)
+    frames: dict[str, Pixels] = field(default_factory=dict)
+    makespan_s: float = 0.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.serving", description=__doc__)
+    parser.add_argument("--requests", type=int, default=300)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--load", type=float, default=0.8)
+    parser.add_argument("--ranks", type=int, default=1)
+    parser.add_argument("--calibrate", type=int, default=40)
+    parser.add_argument("--policies", nargs="+", default=[*POLICIES, "naive"])
+    args = parser.parse_args()
+    where = machine()
+    capacity = asyncio.run(_capacity(args.ranks, args.calibrate))
+    figures: dict[str, Any] = {"capacity_per_s": capacity, "load": args.load, "ranks": args.ranks}
+    runs: dict[str, list[dict[str, float]]] = {name: [] for name in args.policies}
+    worst_difference = 0
+    for seed in range(args.seeds):
+        trace = _trace(args.load * capacity, args.requests, seed)
+        reference: Outcome | None = None
+        for name in args.policies:
+            outcome = _replay(name, args.ranks, trace)
+            runs[name].append(_summary(trace, outcome))
+            reference = reference or outcome
+            worst_difference = max(worst_difference, _difference(reference, outcome))
+            print(f"seed {seed} {name}: {runs[name][-1]}", file=sys.stderr, flush=True)
+    figures["largest_difference_of_outputs_in_255"] = worst_difference
+    figures["policies"] = {name: _over_seeds(values) for name, values in runs.items()}
+    figures["against_whole_request_fifo"] = {name: _ratios(values, runs[BASE]) for name, values in runs.items()}
+    save("serving", where, figures)
+
+
+def _trace(rate: float, count: int, seed: int) -> list[Arrival]:
+    return WORKLOADS["mix"].trace(rate, seed, count)
+
+
+async def _capacity(ranks: int, count: int) -> float:
+    """Requests per second of whole-request FIFO when there is always one waiting."""
+    burst = [_at_once(arrival) for arrival in _trace(1.0, count, 1000)]
+    outcome = await _through_mesh(POLICIES[BASE], ranks, burst)
+    return count / outcome.makespan_s
+
+
+def _at_once(arrival: Arrival) -> Arrival:
+    import msgspec
+
+    return msgspec.structs.replace(arrival, arrival_s=0.0)
+
+
+def _replay(name: str, ranks: int, trace: Sequence[Arrival]) -> Outcome:
+    if name == "naive":
+        return _through_naive_server(trace)
+    return asyncio.run(_through_mesh(POLICIES[name], ranks, trace))
+
+
+async def _through_mesh(overrides: dict[str, Any], ranks: int, trace: Sequence[Arrival]) -> Outcome:
+    """A fresh mesh per run: the same start for every policy."""
+    config = Config(num_gpus=ranks, **overrides)
+    supervisor = Supervisor(config, resolve_model(config.model_path), with_gateway=False, quiet=True)
+    try:
+        await supervisor.start()
+        mesh = Mesh(supervisor.scheduler_endpoint, supervisor.frames_endpoint)
+        await mesh.start()
+        await supervisor.wait_ready()
+        await mesh.wait_ready(30.0)
+
+        async def one(arrival: Arrival) -> Pixels:
+            assert mesh.card is not None
+            params = mesh.card.check(_params(arrival))
+            request = mesh.request(arrival.id, params, Terms(key=arrival.key, timeout_s=arrival.timeout_s))
+            chunks = [event.pixels async for event in mesh.run(request) if isinstance(event, Frames)]
+            return np.concatenate(chunks)
+
+        outcome = await _open_loop(trace, one)
+        await supervisor.drain(3.0)
+        await mesh.close()
+        return outcome
+    finally:
+        await supervisor.stop()
+
+
+def _through_naive_server(trace: Sequence[Arrival]) -> Outcome:
+    command = [sys.executable, "-m", "bench.naive_server", str(resolve_model("demo"))]
+    server = subprocess.Popen(command, env=child_environment({}), stdout=subprocess.PIPE, text=True)
+    try:
+        assert server.stdout is not None
+        return asyncio.run(_through_http(server.stdout.readline().strip(), trace))
+    finally:
+        server.terminate()
+        server.wait()
+
+
+async def _through_http(url: str, trace: Sequence[Arrival]) -> Outcome:
+    limits = httpx.Limits(max_connections=None)
+    async with httpx.AsyncClient(base_url=url, timeout=None, limits=limits) as client:
+
+        async def one(arrival: Arrival) -> Pixels:
+            words = {name: getattr(arrival, name) for name in arrival.__struct_fields__}
+            response = await client.post("/generate", json=words)
+            shape = (arrival.num_frames, arrival.height, arrival.width, 3)
+            return np.frombuffer(response.content, dtype=np.uint8).reshape(shape)
+
+        return await _open_loop(trace, one)
+
+
+async def _open_loop(trace: Sequence[Arrival], one: Callable[[Arrival], Awaitable[Pixels]]) -> Outcome:
+    """Every request goes out at its time, however far behind the server is."""
+    outcome = Outcome()
+    started = time.monotonic()
+
+    async def send(arrival: Arrival) -> None:
+        await asyncio.sleep(started + arrival.arrival_s - time.monotonic())
+        outcome.frames[arrival.id] = await one(arrival)
+        outcome.latency_s[arrival.id] = time.monotonic() - started - arrival.arrival_s
+
+    await asyncio.gather(*(send(arrival) for arrival in trace))
+    outcome.makespan_s = time.monotonic() - started
+    return outcome
+
+
+def _params(arrival: Arrival) -> SamplingParams:
+    return SamplingParams(
+        prompt=arrival.prompt,
+        num_frames=arrival.num_frames,
+        height=arrival.height,
+        width=arrival.width,
+        num_inference_steps=arrival.num_inference_steps,
+        guidance_scale=arrival.guidance_scale,
+        seed=arrival.seed,
+    )
+
+
+def _summary(trace: Sequence[Arrival], outcome: Outcome) -> dict[str, float]:
+    short = [outcome.latency_s[a.id] for a in trace if a.num_frames == 1]
+    long = [outcome.latency_s[a.id] for a in trace if a.num_frames > 1]
+    return {
+        "short_p50_s": float(np.percentile(short, 50)),
+        "short_p99_s": float(np.percentile(short, 99)),
+        "short_mean_s": float(np.mean(short)),
+        "long_p50_s": float(np.percentile(long, 50)),
+        "long_p99_s": float(np.percentile(long, 99)),
+        "long_mean_s": float(np.mean(long)),
+        "makespan_s": outcome.makespan_s,
+    }
+
+
+def _difference(reference: Outcome, outcome: Outcome) -> int:
+    pairs = ((reference.frames[name].astype(int), frames.astype(int)) for name, frames in outcome.frames.items())
+    return max(int(np.abs(a - b).max()) for a, b in pairs)
+
+
+def _over_seeds(values: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    return {name: spread([value[name] for value in values]) for name in values[0]}
+
+
+def _ratios(values: Sequence[dict[str, float]], base: Sequence[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Per seed: how many times better the short ones' median is, and the long ones' mean against the base."""
+    pairs = list(zip(values, base, strict=True))
+    return {
+        "short_p50_times_better": spread([b["short_p50_s"] / v["short_p50_s"] for v, b in pairs]),
+        "long_mean_over_fifo": spread([v["long_mean_s"] / b["long_mean_s"] for v, b in pairs]),
+    }
+
+
+if __name__ == "__main__":
+    main()

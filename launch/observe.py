@@ -1,0 +1,253 @@
+"""Which meshes run on this host, and a connection that looks at one. Starts and stops nothing.
+
+A launcher holds a lock on the folder of its sockets as long as it lives, and says in `mesh.json` what it runs. The
+kernel gives the lock back even after `kill -9`: a folder with a mesh.json that nobody locks is a dead mesh's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import shutil
+import stat
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from runtime.errors import FramemeshError, InvalidInput, NotReady
+from runtime.protocol import Cancel, FromObserver, FromScheduler, JobStatus, Observe, Status, ToObserver, Welcome
+from runtime.wire import Channel, incarnation
+
+FOLDER_PREFIX = "framemesh-"
+MESH_FILE = "mesh.json"
+ANSWER_S = 1.0
+"""A scheduler that takes longer does not count as alive."""
+CANCEL_S = 3.0
+"""How long a cancelled request is watched; it ends with its item, which is shorter almost always."""
+
+
+class MeshFile(msgspec.Struct, frozen=True):
+    """What a launcher tells about its mesh."""
+
+    pid: int
+    model: str
+    started: float
+    """Seconds since the epoch."""
+    url: str = ""
+    """Of the HTTP server, once it listens."""
+
+
+class RunFolder:
+    """The launcher's own folder: private, locked, described."""
+
+    def __init__(self, model: str) -> None:
+        # mkdtemp makes it 0700: nobody else on the host can reach the sockets in it.
+        self.path = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
+        self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
+        fcntl.flock(self._lock, fcntl.LOCK_EX)
+        self._about = MeshFile(os.getpid(), model, time.time())
+        self._write()
+
+    def tell_url(self, url: str) -> None:
+        self._about = msgspec.structs.replace(self._about, url=url)
+        self._write()
+
+    def remove(self) -> None:
+        """Safe to call twice."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._lock >= 0:
+            os.close(self._lock)
+            self._lock = -1
+
+    def _write(self) -> None:
+        new = self.path / f"{MESH_FILE}.new"
+        new.write_bytes(msgspec.json.encode(self._about))
+        new.replace(self.path / MESH_FILE)
+
+
+def sweep_dead_folders() -> None:
+    """Remove what launchers of this user left behind when they were killed."""
+    for folder in _described_folders():
+        with _lock_of_dead(folder) as dead:
+            if dead:
+                shutil.rmtree(folder, ignore_errors=True)
+
+
+class Observer:
+    """A connection to one mesh's scheduler. Asks one question at a time."""
+
+    def __init__(self, endpoint: str, folder: Path | None = None) -> None:
+        self.folder = folder
+        self._channel: Channel[FromObserver, FromScheduler] = Channel.connect(
+            endpoint, ToObserver, incarnation("observer")
+        )
+        self.place = str(folder) if folder is not None else endpoint
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._channel.close()
+
+    @property
+    def about(self) -> MeshFile | None:
+        """What the launcher says now; None for a scheduler without one."""
+        return read_mesh_file(self.folder) if self.folder is not None else None
+
+    @property
+    def stopped(self) -> bool:
+        """Whether the mesh's launcher has removed its folder, or was killed."""
+        folder = self.folder
+        return folder is not None and (not folder.exists() or (self.about is not None and _is_dead(folder)))
+
+    def ask(self, prefix: str = "") -> None:
+        self._channel.send(Observe(prefix))
+
+    def answer(self, timeout_s: float = ANSWER_S) -> Status | None:
+        """The newest Status that has arrived or arrives in time."""
+        until = time.monotonic() + timeout_s
+        status: Status | None = None
+        while received := self._channel.receive(0 if status is not None else max(until - time.monotonic(), 0)):
+            match received.message:
+                case Welcome(epoch=epoch):
+                    self._channel.set_epoch(epoch)
+                case Status():
+                    status = received.message
+        return status
+
+    def look(self, prefix: str = "") -> Status:
+        """How the mesh stands, with the requests whose ids begin with `prefix`.
+
+        Raises:
+            NotReady: the scheduler did not answer within a second.
+        """
+        self.ask(prefix)
+        status = self.answer()
+        if status is None:
+            raise NotReady(f"the mesh at {self.place} does not answer")
+        return status
+
+    def cancel(self, prefix: str, reason: str) -> tuple[str, bool]:
+        """(id of the request, whether it is over): one that runs ends with its item.
+
+        Raises:
+            InvalidInput: several requests begin so.
+            FramemeshError: no request begins so, or nobody answers.
+        """
+        job = self._job(prefix)
+        self._channel.send(Cancel(job.id, reason))
+        until = time.monotonic() + CANCEL_S
+        # A request of which this id is only the beginning is another one.
+        while over := [left.id for left in self.look(job.id).jobs if left.id == job.id]:
+            if time.monotonic() > until:
+                break
+            time.sleep(0.05)
+        return job.id, not over
+
+    def _job(self, prefix: str) -> JobStatus:
+        found = self.look(prefix).jobs if prefix else ()
+        if not found:
+            raise FramemeshError(f"no request of the mesh at {self.place} has an id that begins with {prefix!r}")
+        if len(found) > 1:
+            names = ", ".join(job.id for job in found[:5]) + (", …" if len(found) > 5 else "")
+            raise InvalidInput("ID", f"{prefix!r} is the beginning of several ids: {names}")
+        return found[0]
+
+
+@contextlib.contextmanager
+def observe_mesh(place: str | None) -> Iterator[tuple[Observer, Status]]:
+    """The mesh at a place (its folder, or its scheduler's endpoint), or the only one of this user, and how it stands.
+
+    Raises:
+        InvalidInput: there is no such folder, or several meshes run and none was named.
+        FramemeshError: no mesh runs, or the one that was named does not answer.
+    """
+    with contextlib.ExitStack() as stack:
+        if place is not None:
+            observer = stack.enter_context(_observer_at(place))
+            yield observer, observer.look()
+            return
+        folders = [folder for folder in _described_folders() if not _is_dead(folder)]
+        observers = [stack.enter_context(_observer_of(folder)) for folder in folders]
+        for observer in observers:
+            observer.ask()
+        until = time.monotonic() + ANSWER_S
+        answers = [(observer, observer.answer(max(until - time.monotonic(), 0))) for observer in observers]
+        alive = [(observer, status) for observer, status in answers if status is not None]
+        if not alive:
+            silent = f"; {len(folders)} in {tempfile.gettempdir()} did not answer" if folders else ""
+            raise FramemeshError(f"no mesh is running{silent}")
+        if len(alive) > 1:
+            lines = "\n".join(f"  {_describe(observer)}" for observer, _ in alive)
+            raise InvalidInput("--mesh", f"{len(alive)} meshes are running, name one of them:\n{lines}")
+        yield alive[0]
+
+
+def read_mesh_file(folder: Path) -> MeshFile | None:
+    """None if there is none that can be read."""
+    try:
+        return msgspec.json.decode((folder / MESH_FILE).read_bytes(), type=MeshFile)
+    except (OSError, msgspec.DecodeError):
+        return None
+
+
+def _observer_at(place: str) -> Observer:
+    if "://" in place:
+        return Observer(place)
+    folder = Path(place)
+    if not (folder / "scheduler").exists():
+        raise InvalidInput("--mesh", f"{place} is no folder of a running mesh, nor a scheduler's endpoint")
+    return _observer_of(folder)
+
+
+def _observer_of(folder: Path) -> Observer:
+    return Observer(f"ipc://{folder}/scheduler", folder)
+
+
+def _describe(observer: Observer) -> str:
+    about = observer.about
+    facts = [] if about is None else [about.model, about.url, f"pid {about.pid}"]
+    return "  ".join(filter(None, [observer.place, *facts]))
+
+
+def _described_folders() -> list[Path]:
+    """Run folders of this user that say what they are; anything else of that name is not ours to touch."""
+    found = []
+    for folder in sorted(Path(tempfile.gettempdir()).glob(f"{FOLDER_PREFIX}*")):
+        with contextlib.suppress(OSError):
+            state = folder.lstat()
+            if stat.S_ISDIR(state.st_mode) and state.st_uid == os.getuid() and (folder / MESH_FILE).exists():
+                found.append(folder)
+    return found
+
+
+def _is_dead(folder: Path) -> bool:
+    with _lock_of_dead(folder) as dead:
+        return dead
+
+
+@contextlib.contextmanager
+def _lock_of_dead(folder: Path) -> Iterator[bool]:
+    """Whether the folder's launcher is gone; if so, nobody else takes the folder while this goes on."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        yield False
+        return
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        dead = True
+    except OSError:
+        dead = False
+    try:
+        yield dead
+    finally:
+        os.close(handle)

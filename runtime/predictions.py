@@ -1,0 +1,49 @@
+"""How long items and requests take on this replica, by the cost model. Knows no queue and no policy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from runtime.cost import CostModel
+from runtime.layout import Layout
+from runtime.protocol import Decode, Denoise, Encode
+from runtime.request import RequestRecord, Stage
+from runtime.sampling import ResolvedParams
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """The cost model in the scheduler's words."""
+
+    cost: CostModel
+    layout: Layout
+
+    def seconds(self, item: Encode | Denoise | Decode, params: ResolvedParams) -> float:
+        """Of an item whose requests have this shape."""
+        kind, units, batch = _size(item)
+        return units * self.cost.predict(kind, params, self.layout, batch)
+
+    def observe(self, item: Encode | Denoise | Decode, params: ResolvedParams, seconds: float) -> None:
+        """Learn from an item that is over."""
+        kind, units, batch = _size(item)
+        self.cost.observe(kind, params, self.layout, units, seconds, batch)
+
+    def remaining(self, record: RequestRecord) -> float:
+        """Seconds of work that are left of a request, alone on the mesh."""
+        units = {
+            "encode": int(record.stage in {Stage.QUEUED, Stage.ENCODE}),
+            "denoise": record.total_steps - record.step,
+            "decode": record.total_chunks - record.chunk,
+        }
+        return sum(n * self.cost.predict(kind, record.request.params, self.layout) for kind, n in units.items())
+
+
+def _size(item: Encode | Denoise | Decode) -> tuple[str, int, int]:
+    """(kind, units, requests that share each unit)."""
+    match item:
+        case Encode():
+            return "encode", len(item.requests), 1
+        case Denoise():
+            return "denoise", item.steps, len(item.request_ids)
+        case Decode():
+            return "decode", item.chunks, 1

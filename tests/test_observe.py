@@ -1,0 +1,451 @@
+"""Looking at a mesh: what a snapshot tells, which meshes are found, how requests are cancelled from a shell."""
+
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+from fake_mesh import EPOCH, demo_model
+from rich.console import Console
+
+from framemesh import Progress, RequestFailed, SamplingParams
+from launch import observe
+from launch.cli import main
+from launch.observe import MESH_FILE, Observer, RunFolder, observe_mesh, read_mesh_file, sweep_dead_folders
+from launch.process import child_environment
+from launch.top import view
+from runtime.cost import CostModel
+from runtime.engine import Engine
+from runtime.errors import FramemeshError, InvalidInput, NotReady
+from runtime.layout import Layout
+from runtime.models.card import card_for
+from runtime.protocol import (
+    Cancelled,
+    Denoise,
+    Done,
+    Encode,
+    FromScheduler,
+    GatewayHello,
+    Ready,
+    Request,
+    Submit,
+    ToScheduler,
+    Welcome,
+    WorkerHello,
+)
+from runtime.scheduler import Scheduler
+from runtime.status import MOST_QUEUED
+from runtime.wire import Channel, incarnation
+
+CARD = card_for(demo_model().configs)
+BUDGET = 8 << 30
+PATIENCE_S = 10.0
+
+
+class Peer:
+    """A worker or a gateway that says what the test wants."""
+
+    def __init__(self, endpoint, role, hello):
+        self.channel = Channel.connect(endpoint, FromScheduler, incarnation(role))
+        self.channel.send(hello)
+        self.channel.set_epoch(self.wait_for(Welcome).epoch)
+
+    def wait_for(self, kind):
+        until = time.monotonic() + PATIENCE_S
+        while time.monotonic() < until:
+            received = self.channel.receive(0.1)
+            if received is not None and isinstance(received.message, kind):
+                return received.message
+        raise AssertionError(f"no {kind.__name__} came")
+
+
+class LiveScheduler:
+    """A real Engine in a thread, in a run folder of its own."""
+
+    def __init__(self):
+        self.folder = RunFolder("demo")
+        self.endpoint = f"ipc://{self.folder.path}/scheduler"
+        channel = Channel.bind(self.endpoint, ToScheduler)
+        self.scheduler = Scheduler(CARD, Layout(1, 1, 2), CostModel(CARD))
+        self.engine = Engine(channel, self.scheduler, EPOCH)
+        self.steps = 0
+        self.ended = False
+        self.peers = []
+        self.thread = threading.Thread(target=self.loop, args=(channel,))
+        self.thread.start()
+
+    def loop(self, channel):
+        while not self.ended:
+            self.engine.step()
+            self.steps += 1
+        channel.close()
+
+    def peer(self, role, hello):
+        self.peers.append(Peer(self.endpoint, role, hello))
+        return self.peers[-1]
+
+    def workers(self, ready=True):
+        ranks = [self.peer(f"worker{rank}", WorkerHello(rank, 2, 0, "here", 100 + rank)) for rank in range(2)]
+        for rank, worker in enumerate(ranks):
+            if ready:
+                worker.channel.send(Ready(rank, 0, demo_model() if rank == 0 else None, BUDGET))
+        return ranks
+
+    def gateway(self, *ids, **terms):
+        gateway = self.peer("gateway", GatewayHello("ipc:///nowhere", 4))
+        params = CARD.check(SamplingParams(prompt="a cat", seed=1, num_inference_steps=50))
+        gateway.channel.send(Submit(tuple(Request(name, params, **terms) for name in ids)))
+        return gateway
+
+    def observer(self):
+        self.peers.append(observer := Observer(self.endpoint, self.folder.path))
+        return observer
+
+    def close(self):
+        self.ended = True
+        # An engine without peers sleeps until it is spoken to.
+        self.observer().ask()
+        self.thread.join(PATIENCE_S)
+        for peer in self.peers:
+            getattr(peer, "channel", None) and peer.channel.close()
+            isinstance(peer, Observer) and peer.__exit__(None, None, None)
+        self.folder.remove()
+
+
+@pytest.fixture(autouse=True)
+def short_tmp(monkeypatch):
+    """A temporary folder of our own with a path short enough for sockets: no other mesh of this host is in it."""
+    folder = Path(tempfile.mkdtemp(prefix="fm"))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def start():
+    started = []
+
+    def one():
+        started.append(LiveScheduler())
+        return started[-1]
+
+    yield one
+    for live in started:
+        live.close()
+
+
+@pytest.fixture
+def live(start):
+    return start()
+
+
+def until(observer, wanted, prefix=""):
+    """The first status that is as wanted; messages of different peers may overtake each other."""
+    end = time.monotonic() + PATIENCE_S
+    while not wanted(status := observer.look(prefix)):
+        assert time.monotonic() < end, status
+        time.sleep(0.01)
+    return status
+
+
+def finish(workers, item, seconds):
+    for rank, worker in enumerate(workers):
+        assert worker.wait_for(type(item)) == item if rank else True
+        worker.channel.send(Done(rank, item.seq, 10.0, 10.0 + seconds))
+
+
+# ---- the snapshot ------------------------------------------------------------------------------------------------
+
+
+def test_a_mesh_that_starts_says_who_is_missing(live):
+    observer = live.observer()
+    status = observer.look()
+    assert (status.epoch, status.ready, status.reason) == (EPOCH, False, "the workers are starting")
+    assert (status.layout, status.policy, status.model, status.cost_error) == (Layout(1, 1, 2), "srpt", "", None)
+    assert [(rank.rank, rank.pid, rank.doing) for rank in status.ranks] == [(0, 0, "not there"), (1, 0, "not there")]
+    assert (status.jobs, status.queued, status.step_times) == ((), {}, ())
+    live.workers(ready=False)
+    status = until(observer, lambda status: all(rank.pid for rank in status.ranks))
+    assert [(rank.pid, rank.host, rank.doing) for rank in status.ranks] == [
+        (100, "here", "loading the model"),
+        (101, "here", "loading the model"),
+    ]
+
+
+def test_a_running_item_shows_on_its_ranks_and_its_requests(live):
+    workers, observer = live.workers(), live.observer()
+    status = until(observer, lambda status: status.ready)
+    assert (status.model, {rank.doing for rank in status.ranks}) == ("demo", {"idle"})
+    live.gateway("a", "b", key="team", priority=3)
+    encode = workers[0].wait_for(Encode)
+    status = observer.look()
+    assert {rank.doing for rank in status.ranks} == {"encode x2"}
+    assert all(rank.request_ids == ("a", "b") and rank.predicted_s > 0 for rank in status.ranks)
+    assert {rank.held_bytes for rank in status.ranks} == {2 * CARD.state_bytes(encode.requests[0].params, "denoise")}
+    assert {rank.budget_bytes for rank in status.ranks} == {BUDGET}
+    finish(workers, encode, 0.2)
+    denoise = workers[0].wait_for(Denoise)
+    workers[0].channel.send(Done(0, denoise.seq, 0.0, 0.5))
+    status = until(observer, lambda status: "waits" in status.ranks[0].doing)
+    batch, steps = len(denoise.request_ids), denoise.steps
+    assert [rank.doing for rank in status.ranks] == [
+        "waits for rank 1",
+        f"denoise x{batch}, {steps} step{'s' if steps > 1 else ''}",
+    ]
+    assert 0 < status.ranks[1].running_s < PATIENCE_S
+    (job, _) = status.jobs
+    assert (job.id, job.key, job.stage, job.step, job.total, job.priority) == ("a", "team", "denoise", 0, 50, 3)
+    assert job.eta_s > 0
+    assert 0 <= job.waited_s < job.age_s
+    encoded, denoised = status.step_times
+    assert (encoded.kind, encoded.batch, encoded.units, round(encoded.seconds, 6)) == ("encode", 1, 2, 0.1)
+    assert (denoised.kind, denoised.batch, denoised.units) == ("denoise", batch, steps)
+    assert denoised.seconds == pytest.approx(0.5 / steps)
+    assert denoised.predicted_s == pytest.approx(status.ranks[1].predicted_s / steps)
+
+
+def test_a_long_queue_is_counted_by_key_and_named_at_its_head(live):
+    observer = live.observer()
+    live.gateway(*(f"a{i:03}" for i in range(60)), key="one")
+    live.gateway("b", key="two", priority=9)
+    status = until(observer, lambda status: len(status.queued) == 2)
+    assert status.queued == {"one": 60, "two": 1}
+    assert len(status.jobs) == MOST_QUEUED
+    assert [job.id for job in status.jobs[:3]] == ["b", "a000", "a001"]
+    assert {job.stage for job in status.jobs} == {"queued"}
+    assert [job.id for job in observer.look("a05").jobs] == [f"a05{i}" for i in range(10)]
+    assert observer.look("nobody").jobs == ()
+
+
+def test_an_id_in_full_names_one_request_alone(live):
+    observer = live.observer()
+    live.gateway("v", "v1")
+    until(observer, lambda status: status.queued)
+    assert [job.id for job in observer.look("v").jobs] == ["v"]
+
+
+def test_observers_that_left_cost_nothing(live):
+    for _ in range(3):
+        with Observer(live.endpoint) as observer:
+            observer.ask()
+    status = live.observer().look()
+    assert (status.stale, status.dropped) == (0, 0)
+    time.sleep(0.2)
+    steps = live.steps
+    time.sleep(1.5)
+    assert live.steps == steps, "an engine without workers and gateways woke up"
+
+
+def test_a_message_of_an_older_epoch_is_counted(live):
+    observer = live.observer()
+    observer.look()
+    observer._channel.set_epoch(EPOCH - 1)
+    observer._channel.send(observe.Cancel("a"))
+    assert observer.look().stale == 1
+
+
+# ---- cancel ------------------------------------------------------------------------------------------------------
+
+
+def test_a_queued_request_is_cancelled_by_its_beginning(live):
+    observer = live.observer()
+    gateway = live.gateway("video_1a", "video_2b")
+    until(observer, lambda status: status.queued)
+    assert observer.cancel("video_2", "why not") == ("video_2b", True)
+    assert gateway.wait_for(Cancelled) == Cancelled("video_2b", "why not")
+    gateway.channel.send(Submit((Request("video_1c", CARD.check(SamplingParams(prompt="a", seed=1))),)))
+    until(observer, lambda status: len(status.jobs) == 2)
+    with pytest.raises(InvalidInput, match="the beginning of several"):
+        observer.cancel("video", "why not")
+    for nobody in ("video_2", ""):
+        with pytest.raises(FramemeshError, match="no request of the mesh"):
+            observer.cancel(nobody, "why not")
+
+
+def test_a_running_request_ends_with_its_item(live, monkeypatch):
+    monkeypatch.setattr(observe, "CANCEL_S", 0.2)
+    workers, observer = live.workers(), live.observer()
+    gateway = live.gateway("a")
+    encode = workers[0].wait_for(Encode)
+    assert observer.cancel("a", "why not") == ("a", False)
+    assert observer.look().jobs[0].cancelling
+    finish(workers, encode, 0.1)
+    assert gateway.wait_for(Cancelled) == Cancelled("a", "why not")
+    assert observer.look().jobs == ()
+
+
+# ---- which mesh --------------------------------------------------------------------------------------------------
+
+
+def refusal(capsys, *words):
+    """(exit code, what it said) of a command that prints nothing else."""
+    code = main([*words])
+    out, err = capsys.readouterr()
+    assert out == ""
+    return code, err
+
+
+def test_without_a_mesh_the_commands_say_so(capsys, short_tmp):
+    (short_tmp / "framemesh-other").mkdir()
+    for words in (["top"], ["jobs"], ["cancel", "a"]):
+        assert refusal(capsys, *words) == (1, "error: no mesh is running\n")
+    code, message = refusal(capsys, "jobs", "--mesh", str(short_tmp))
+    assert (code, "no folder of a running mesh" in message) == (2, True)
+
+
+def test_of_several_meshes_one_has_to_be_named(start, capsys):
+    first, second = start(), start()
+    first.folder.tell_url("http://127.0.0.1:1")
+    code, message = refusal(capsys, "jobs")
+    assert code == 2
+    lines = message.splitlines()
+    assert lines[0] == "error: --mesh: 2 meshes are running, name one of them:"
+    paths = sorted(str(live.folder.path) for live in (first, second))
+    assert [line.split()[0] for line in lines[1:]] == paths
+    assert "http://127.0.0.1:1" in message
+    for place in (str(first.folder.path), first.endpoint):
+        assert main(["jobs", "--json", "--mesh", place]) == 0
+        assert json.loads(capsys.readouterr().out) == []
+
+
+def test_a_scheduler_that_hangs_is_not_taken_for_a_mesh(live, capsys):
+    folder = RunFolder("other")
+    with socket.socket(socket.AF_UNIX) as deaf:
+        deaf.bind(str(folder.path / "scheduler"))
+        deaf.listen()
+        since = time.monotonic()
+        with observe_mesh(None) as (observer, _):
+            assert observer.folder == live.folder.path
+        assert time.monotonic() - since < 2 * observe.ANSWER_S
+        with pytest.raises(NotReady, match="does not answer"), observe_mesh(str(folder.path)):
+            pass
+    folder.remove()
+
+
+def test_a_killed_launchers_folder_is_skipped_and_swept_by_the_next(short_tmp, capsys):
+    program = """
+import os, signal
+from launch.observe import RunFolder
+folder = RunFolder("demo")
+(folder.path / "scheduler").touch()
+print(folder.path, flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=child_environment({}), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == -signal.SIGKILL
+    dead = Path(done.stdout.strip())
+    about = read_mesh_file(dead)
+    assert (about.model, about.url) == ("demo", "")
+    assert refusal(capsys, "jobs") == (1, "error: no mesh is running\n")
+    with Observer(f"ipc://{dead}/scheduler", dead) as observer:
+        assert observer.stopped
+    ours, other = RunFolder("ours"), short_tmp / "framemesh-video"
+    other.mkdir()
+    (short_tmp / "framemesh-link").symlink_to(dead)
+    sweep_dead_folders()
+    assert not dead.exists()
+    assert ours.path.exists()
+    assert other.exists()
+    assert (short_tmp / "framemesh-link").is_symlink()
+    ours.remove()
+    ours.remove()
+    assert not ours.path.exists()
+
+
+def test_a_half_written_description_is_none(short_tmp):
+    (short_tmp / MESH_FILE).write_text('{"pid": 1')
+    assert read_mesh_file(short_tmp) is None
+    assert read_mesh_file(short_tmp / "nowhere") is None
+
+
+# ---- what a person sees ------------------------------------------------------------------------------------------
+
+
+def test_the_commands_print_and_cancel(live, capsys):
+    live.gateway("video_1a", key="team [red]\x1b", priority=2)
+    live.gateway(*(f"more{i:03}" for i in range(MOST_QUEUED + 5)))
+    until(live.observer(), lambda status: len(status.queued) == 2)
+    assert main(["jobs"]) == 0
+    out, err = capsys.readouterr()
+    head, first, *_ = out.splitlines()
+    assert head.split() == ["ID", "KEY", "STAGE", "DONE", "ETA", "WAITED", "PRIO"]
+    assert first.startswith("video_1a  team [red]?  queued")
+    assert err == "6 more are queued\n"
+    assert main(["jobs", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert len(listed) == MOST_QUEUED
+    assert (listed[0]["id"], listed[0]["stage"], listed[0]["priority"]) == ("video_1a", "queued", 2)
+    assert main(["top"]) == 0
+    shown = capsys.readouterr().out
+    assert "the workers are starting" in shown
+    assert "6 more are queued" in shown
+    assert main(["cancel", "video"]) == 0
+    assert capsys.readouterr().out == "cancelled video_1a\n"
+    code, message = refusal(capsys, "cancel", "video")
+    assert code == 1
+    assert "no request of the mesh" in message
+    assert "begins with 'video'" in message
+    code, message = refusal(capsys, "cancel", "more")
+    assert code == 2
+    assert message.startswith("error: ID: 'more' is the beginning of several ids: more000")
+
+
+def test_the_view_fits_into_100_columns(live):
+    workers, observer = live.workers(), live.observer()
+    live.gateway(f"video_{'5e' * 16}", key="team-of-eleven", priority=10)
+    workers[0].wait_for(Encode)
+    status = observer.look()
+    long = msgspec.structs.replace(status.jobs[0], stage="denoise", step=100, total=1000, eta_s=4020, waited_s=4020)
+    status = msgspec.structs.replace(status, jobs=(long,))
+    wide, narrow = (drawn(view(status, observer.about, str(live.folder.path)), columns) for columns in (100, 76))
+    assert f"video_{'5e' * 16}" in wide
+    assert "…" not in wide
+    assert "1h 07m" in narrow
+    assert "100/1000" in narrow
+    assert "video_5e5e" in narrow
+
+
+def drawn(picture, columns):
+    console = Console(width=columns, file=io.StringIO())
+    console.print(picture)
+    return console.file.getvalue()
+
+
+# ---- a real mesh -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_running_request_is_seen_and_cancelled_from_outside(mesh):
+    folder = mesh._supervisor.scheduler_endpoint.removeprefix("ipc://").removesuffix("/scheduler")
+    stream = mesh.stream(SamplingParams(prompt="a red circle", seed=1, num_inference_steps=1000))
+    for event in stream:
+        if isinstance(event, Progress) and event.stage == "denoise" and event.step > 0:
+            break
+    with observe_mesh(folder) as (observer, status):
+        assert observer.about.pid == os.getpid()
+        assert (observer.about.model, status.model, status.ready) == ("demo", "demo", True)
+        (job,) = status.jobs
+        assert (job.stage, job.total) == ("denoise", 1000)
+        assert 0 < job.step < 1000
+        assert {rank.pid for rank in status.ranks}.isdisjoint({0, os.getpid()})
+        assert any(rank.held_bytes > 0 for rank in status.ranks)
+        request_id, over = observer.cancel(job.id[:12], "cancelled by the operator")
+        assert (request_id, over) == (job.id, True)
+    with pytest.raises(RequestFailed) as caught:
+        for _ in stream:
+            pass
+    assert caught.value.code == "cancelled"
+    assert caught.value.reason == "cancelled by the operator"
