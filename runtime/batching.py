@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -105,11 +106,13 @@ def _rule(path: Path, number: int, rule: Any) -> BatchRule:
         raise InvalidInput("batching_config", f"{where}: {error}") from error
     if made.max_batch_size < 1:
         raise InvalidInput("batching_config", f"{where}: max_batch_size is {made.max_batch_size}; take 1 or more")
+    if made.resolution is not None and re.fullmatch(r"[1-9]\d*x[1-9]\d*", made.resolution) is None:
+        raise InvalidInput("batching_config", f"{where}: resolution is {made.resolution}; write it as 832x480")
     return made
 
 
-def _check_keys(where: str, rule: dict[str, Any], known: Iterable[str]) -> None:
-    for key in rule:
+def _check_keys(where: str, rule: dict[Any, Any], known: Iterable[str]) -> None:
+    for key in map(str, rule):
         if key not in known:
             near = difflib.get_close_matches(key, list(known), n=1)
             hint = f"; did you mean {near[0]}?" if near else f"; there are {', '.join(known)}"

@@ -54,7 +54,7 @@ class Line(msgspec.Struct):
         # One shape alone tells no slope; keep the fixed part's share of the first guess and scale the line.
         slope = self.xy / self.xx if spread else self.slope * self.mean_y / self.at(self.mean_x)
         self.slope = min(max(slope, 0.0), self.mean_y / self.mean_x)
-        self.fixed = self.mean_y - self.slope * self.mean_x
+        self.fixed = max(self.mean_y - self.slope * self.mean_x, 0.0)
 
 
 class Constants(msgspec.Struct):

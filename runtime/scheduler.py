@@ -211,6 +211,10 @@ class Scheduler:
             self._charge(item, predicted)
             self.running[item.seq] = Running(item, now, predicted, set(item.ranks))
             free = [rank for rank in free if rank not in item.ranks]
+            for key in {record.key for record in self._records_of(item)} & waiting.keys():
+                waiting[key] = [record for record in waiting[key] if not record.running]
+                if not waiting[key]:
+                    del waiting[key]
             items.append(item)
         return items
 
@@ -233,7 +237,7 @@ class Scheduler:
         return self._deadlines[0][0] if self._deadlines else None
 
     def _next_item(self, waiting: Waiting, free: list[int], now: float) -> Encode | Denoise | Decode | None:
-        self._fair.wait({key for key, records in waiting.items() if any(not r.running for r in records)})
+        self._fair.wait(set(waiting))
         admitting = True
         for record in self._in_turn(waiting):
             item: Encode | Denoise | Decode | None = None
@@ -265,7 +269,8 @@ class Scheduler:
         for key, line in self._lines.items():
             waiting.setdefault(key, []).append(line.first(now))
         for records in waiting.values():
-            records.sort(key=lambda record: turn(record, self.policy, now))
+            if len(records) > 1:
+                records.sort(key=lambda record: turn(record, self.policy, now))
         return waiting
 
     def _wants_ranks(self, record: RequestRecord) -> bool:
@@ -275,8 +280,11 @@ class Scheduler:
 
     def _in_turn(self, waiting: Waiting) -> Iterator[RequestRecord]:
         """First the key that is furthest behind."""
-        for key in sorted(waiting, key=lambda key: (self._fair.clocks[key], key)):
-            yield from (record for record in waiting[key] if not record.running)
+        keys = [(self._fair.clocks[key], key) for key in waiting]
+        heapq.heapify(keys)
+        while keys:
+            _, key = heapq.heappop(keys)
+            yield from waiting[key]
 
     def _has_room(self, record: RequestRecord) -> bool:
         return len(self._active) < self.max_active and self.memory.admits(record)
@@ -296,7 +304,7 @@ class Scheduler:
             active = [r for r in self._in_turn(waiting) if r.stage is Stage.DENOISE and r is not first]
             fitting = [r for r in active if self.card.batch_key(r.request.params, r.step) == key]
             lines = self._joinable.get(key, {})
-            ceiling = self._ceiling(waiting, {first.key, *lines, *(r.key for r in fitting)})
+            ceiling = self._ceiling(first.key, waiting, {first.key, *lines, *(r.key for r in fitting)})
             batch += [r for r in fitting if self._fair.clocks[r.key] <= ceiling][: budget - 1]
             keys = sorted(
                 (k for k in lines if self._fair.clocks[k] <= ceiling), key=lambda k: (self._fair.clocks[k], k)
@@ -310,11 +318,13 @@ class Scheduler:
             record.running = True
         return Denoise(self._next_seq(), self._all_ranks(), self.layout, tuple(r.id for r in batch), steps)
 
-    def _ceiling(self, waiting: Waiting, joining: set[str]) -> float:
+    def _ceiling(self, first: str, waiting: Waiting, joining: set[str]) -> float:
         """How far ahead a key may be to share another's batch: one item more than a key that waits for this batch to
         end. Without it, a busy key would ride along with one that is always behind."""
-        kept_waiting = [self._fair.clocks[key] for key in waiting if key not in joining]
-        return min(kept_waiting, default=math.inf) + self.item_seconds * self.layout.num_ranks
+        clocks = self._fair.clocks
+        kept_waiting = min((clocks[key] for key in waiting if key not in joining), default=math.inf)
+        # Whoever is behind the first has no room yet; it gains if all share while it waits.
+        return max(kept_waiting, clocks[first]) + self.item_seconds * self.layout.num_ranks
 
     def _encode(self, candidates: Iterable[RequestRecord], most: int, now: float) -> Encode:
         """From the line into the ranks' memory, as many as find room and an item lasts; the first of them does."""

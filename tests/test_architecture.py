@@ -1,6 +1,10 @@
-"""The house rules, by reading every module: who may import whom, and what may be nowhere."""
+"""The house rules, held by reading every module: who imports whom, what nobody imports, and that nobody shadows us."""
+
+from __future__ import annotations
 
 import ast
+import functools
+import importlib
 import os
 import subprocess
 import sys
@@ -8,135 +12,307 @@ from pathlib import Path
 
 import pytest
 
-import framemesh
-from launch.process import child_environment
+from launch.process import child_environment, python_module
 
-ROOT = Path(__file__).parents[1]
+REPO = Path(__file__).resolve().parent.parent
 PACKAGES = ("runtime", "workers", "gateway", "launch")
-MODULES = sorted(path for package in (*PACKAGES, "bench") for path in (ROOT / package).rglob("*.py"))
-MODULES.append(ROOT / "framemesh.py")
-
-GATEWAY_LIBRARY = ("gateway.mesh", "gateway.tokenize", "gateway.media")
-"""The half of the gateway without HTTP: what launch may use."""
-ALLOWED = {
+LIBRARY_HALF = ("gateway.mesh", "gateway.tokenize", "gateway.media")
+"""What of the gateway speaks no HTTP."""
+MAY_IMPORT = {
     "runtime": ("runtime",),
-    "workers": ("runtime", "workers"),
-    "gateway": ("runtime", "gateway"),
-    "launch": ("runtime", "launch", *GATEWAY_LIBRARY),
+    "workers": ("workers", "runtime"),
+    "gateway": ("gateway", "runtime"),
+    "launch": ("launch", "runtime", *LIBRARY_HALF),
+    "framemesh": ("launch", "runtime", *LIBRARY_HALF),
 }
-PRIVATE = ("runtime.engine", "runtime.scheduler", "runtime.request", "runtime.fairness", "runtime.batching")
-"""runtime's own; only runtime and the benchmarks look inside."""
-HEAVY = {"torch", "diffusers", "transformers", "accelerate"}
+PRIVATE = tuple(
+    f"runtime.{name}"
+    for name in ("engine", "scheduler", "request", "fairness", "batching", "memory", "predictions", "status")
+)
+"""The scheduler's own half of runtime/."""
+DRIVES_THE_PRIVATE_HALF = ("bench.simulate", "bench.plan")
+"""What measures the pure scheduler without a mesh."""
+HEAVY = ("torch", "diffusers", "transformers", "accelerate", "yunchang", "einops")
+HTTP_EDGE = ("fastapi", "pydantic", "starlette", "uvicorn", "sqlalchemy")
+PICKLES = ("pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal")
+PICKLING_CALLS = {
+    "torch.load",
+    "torch.save",
+    "torch.hub.load",
+    "send_pyobj",
+    "recv_pyobj",
+    "all_gather_object",
+    "gather_object",
+    "broadcast_object_list",
+    "scatter_object_list",
+    "send_object_list",
+    "recv_object_list",
+    "read_pickle",
+    "to_pickle",
+}
+PUBLIC_NAMES = [
+    "Client",
+    "Completed",
+    "FramemeshError",
+    "Frames",
+    "Generator",
+    "InvalidInput",
+    "Progress",
+    "RequestFailed",
+    "Result",
+    "SamplingParams",
+    "StartFailed",
+]
 
 
-def imports_of(path):
-    """Dotted names of everything a module imports, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            yield node.module
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+def modules_of(*folders):
+    return sorted(file for folder in folders for file in (REPO / folder).rglob("*.py"))
 
 
-def is_below(name, roots):
-    return any(name == root or name.startswith(f"{root}.") for root in roots)
+PRODUCT = [REPO / "framemesh.py", *modules_of(*PACKAGES)]
+EVERYTHING = [*PRODUCT, *modules_of("bench", "tests")]
 
 
-def name_of(path):
-    return path.relative_to(ROOT).as_posix()
+def name_of(file):
+    """The dotted name of a module, that of a package for its __init__."""
+    parts = file.relative_to(REPO).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_imports_go_one_way(path):
-    package = path.relative_to(ROOT).parts[0]
-    for name in imports_of(path):
-        top = name.partition(".")[0]
-        if package in ALLOWED and top in PACKAGES:
-            parents = {root.rpartition(".")[0] for root in GATEWAY_LIBRARY} if package == "launch" else set()
-            assert is_below(name, ALLOWED[package]) or name in parents, f"{package} may not import {name}"
-        if package not in {"runtime", "bench"}:
-            assert not is_below(name, PRIVATE), f"{name} is private to runtime"
-        if package not in {"workers", "bench"}:
-            assert top not in HEAVY, f"{package} may not import {name}"
-        if package != "bench" and name_of(path) != "runtime/wire.py":
-            assert top != "zmq", "only runtime/wire.py imports zmq"
-        if package not in {"gateway", "bench"}:
-            assert top not in {"fastapi", "starlette", "pydantic", "uvicorn", "sqlalchemy"}, f"{name} is the gateway's"
-        assert top not in {"pickle", "cloudpickle", "dill", "shelve", "marshal"}, f"{name} can run code on loading"
+@functools.cache
+def tree_of(file):
+    return ast.parse(file.read_text(encoding="utf-8"), str(file))
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_every_module_says_what_it_owns(path):
-    tree = ast.parse(path.read_text())
-    docstring = ast.get_docstring(tree)
-    assert docstring
-    assert len(docstring.splitlines()[0]) > 15
-    if path.name == "__init__.py":
-        assert len(tree.body) == 1, "an __init__ holds a docstring and no re-exports"
+def imports_of(tree):
+    """Every dotted name that is imported anywhere in a module, down to the imported thing itself."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Import(names=names):
+                yield from (alias.name for alias in names)
+            case ast.ImportFrom(module=module, names=names, level=level):
+                yield from (f"{'.' * level}{module or ''}.{alias.name}" for alias in names)
 
 
-@pytest.mark.parametrize("path", MODULES, ids=name_of)
-def test_nothing_is_unpickled_and_no_forward_is_replaced(path):
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "torch":
-            assert node.attr not in {"load", "save"}, f"line {node.lineno}: torch.{node.attr} pickles"
-        # Training compiles its own model's blocks; what serves leaves every forward alone.
-        if isinstance(node, ast.Assign) and "demo" not in path.parts:
-            targets = [target.attr for target in node.targets if isinstance(target, ast.Attribute)]
-            assert "forward" not in targets, f"line {node.lineno}: a forward is replaced"
+def within(name, *packages):
+    return any(name == package or name.startswith(f"{package}.") for package in packages)
 
 
-def test_no_test_folder_shadows_a_package():
-    assert not list((ROOT / "tests").rglob("__init__.py"))
-    assert not {path.name for path in (ROOT / "tests").iterdir() if path.is_dir()} & set(PACKAGES)
+def calls_of(tree):
+    """Dotted names of everything that is called, and the last part alone."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Call):
+            dotted = ast.unparse(node.func)
+            yield from {dotted, dotted.rpartition(".")[2]}
 
 
-def test_the_four_names_are_ours():
-    for name in PACKAGES:
-        module = __import__(name)
-        assert Path(module.__file__).parent == ROOT / name
+def importers(files, *packages):
+    """module -> what it imports of these packages."""
+    found = {name_of(file): [name for name in imports_of(tree_of(file)) if within(name, *packages)] for file in files}
+    return {module: names for module, names in found.items() if names}
 
 
-def test_a_strangers_package_in_the_working_directory_is_not_picked_up(tmp_path):
-    for name in PACKAGES:
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "__init__.py").write_text("raise SystemExit('a stranger was imported')")
-    for module in ("runtime", "gateway", "launch"):
-        command = [sys.executable, "-P", "-m", module, "--help"]
-        done = subprocess.run(
-            command, cwd=tmp_path, env=child_environment({}), capture_output=True, text=True, check=False
-        )
-        assert done.returncode == 0, done.stderr
+# ---- the rules can see -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("module", ["launch.cli", "launch.generator", "gateway.app", "gateway.mesh", "runtime.engine"])
-def test_light_processes_stay_light(module):
-    script = f"import sys, {module}; print(*sorted({HEAVY!r} & set(sys.modules)))"
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
-    assert done.stdout.strip() == "", f"{module} pulls in {done.stdout.strip()}"
-
-
-def test_the_public_names_are_these():
-    assert set(framemesh.__all__) == {
-        "Client",
-        "Completed",
-        "FramemeshError",
-        "Frames",
-        "Generator",
-        "InvalidInput",
-        "Progress",
-        "RequestFailed",
-        "Result",
-        "SamplingParams",
-        "StartFailed",
+def test_every_way_to_import_is_seen():
+    source = """
+import torch.nn as nn, zmq
+from gateway import app, mesh as m
+from . import here
+from ..up import there
+def late():
+    from runtime.scheduler import Scheduler
+    torch.load(x); self.socket.send_pyobj(y)
+"""
+    tree = ast.parse(source)
+    assert set(imports_of(tree)) == {
+        "torch.nn",
+        "zmq",
+        "gateway.app",
+        "gateway.mesh",
+        "..here",
+        "..up.there",
+        "runtime.scheduler.Scheduler",
     }
+    assert {"torch.load", "send_pyobj"} <= set(calls_of(tree))
+    assert within("gateway.mesh.Mesh", *LIBRARY_HALF)
+    assert not within("gateway.meshes", *LIBRARY_HALF)
 
 
-def test_one_step_of_the_engine_fits_on_a_screen():
-    tree = ast.parse((ROOT / "runtime" / "engine.py").read_text())
-    engine = next(node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "Engine")
-    step = next(node for node in engine.body if isinstance(node, ast.FunctionDef) and node.name == "step")
-    assert step.end_lineno - step.lineno < 40
+def test_the_rules_look_at_all_of_us():
+    names = {name_of(file) for file in PRODUCT}
+    assert {"framemesh", "runtime.engine", "gateway.mesh", "launch.cli", "workers.executor", "runtime.models"} <= names
+    assert set(PACKAGES) == {path.parent.name for path in REPO.glob("*/__main__.py")}, "one folder is one process"
+
+
+# ---- who imports whom --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_imports_point_one_way(package):
+    files = [file for file in PRODUCT if within(name_of(file), package)]
+    assert files
+    ours = importers(files, *PACKAGES, "framemesh", "bench", "tests")
+    wrong = {
+        module: names for module, names in ours.items() if not all(within(name, *MAY_IMPORT[package]) for name in names)
+    }
+    assert wrong == {}
+
+
+def test_the_library_half_of_the_gateway_does_not_lean_on_the_http_half():
+    files = [file for file in PRODUCT if within(name_of(file), *LIBRARY_HALF)]
+    assert {"gateway.mesh", "gateway.tokenize", "gateway.media.mp4"} <= {name_of(file) for file in files}
+    wrong = {
+        module: [name for name in names if not within(name, *LIBRARY_HALF)]
+        for module, names in importers(files, "gateway").items()
+    }
+    assert not any(wrong.values()), wrong
+
+
+def test_the_private_half_of_runtime_is_private():
+    packages = [*PRODUCT, *modules_of("bench")]
+    strangers = [file for file in packages if not within(name_of(file), "runtime", *DRIVES_THE_PRIVATE_HALF)]
+    assert importers(strangers, *PRIVATE) == {}
+
+
+def test_modules_are_imported_by_their_own_names():
+    relative = {name_of(file): [n for n in imports_of(tree_of(file)) if n.startswith(".")] for file in EVERYTHING}
+    assert not any(relative.values()), relative
+    dynamic = {name_of(file) for file in PRODUCT if {"__import__", "import_module"} & set(calls_of(tree_of(file)))}
+    assert dynamic == set()
+
+
+def test_only_workers_import_torch():
+    light = [file for file in PRODUCT if not within(name_of(file), "workers")]
+    assert importers(light, *HEAVY) == {}
+
+
+def test_only_wire_imports_zmq():
+    assert set(importers([*PRODUCT, *modules_of("bench")], "zmq")) == {"runtime.wire"}
+
+
+def test_only_the_gateway_imports_its_http_and_database():
+    strangers = [file for file in PRODUCT if not within(name_of(file), "gateway")]
+    assert importers(strangers, *HTTP_EDGE) == {}
+    library = [file for file in PRODUCT if within(name_of(file), *LIBRARY_HALF)]
+    assert importers(library, *HTTP_EDGE) == {}
+
+
+def test_nothing_is_pickled():
+    files = [*PRODUCT, *modules_of("bench")]
+    assert importers(files, *PICKLES) == {}
+    calls = {name_of(file): PICKLING_CALLS & set(calls_of(tree_of(file))) for file in files}
+    assert not any(calls.values()), calls
+    allowed = [
+        name_of(file)
+        for file in files
+        for node in ast.walk(tree_of(file))
+        if isinstance(node, ast.keyword) and node.arg == "allow_pickle" and ast.unparse(node.value) != "False"
+    ]
+    assert allowed == []
+
+
+# ---- how modules look --------------------------------------------------------------------------------------------
+
+
+def test_every_module_says_what_it_owns():
+    silent = [name_of(file) for file in EVERYTHING if not (ast.get_docstring(tree_of(file)) or "").strip()]
+    assert silent == []
+
+
+def test_an_init_holds_a_docstring_and_nothing_else():
+    full = [name_of(file) for file in EVERYTHING if file.name == "__init__.py" and len(tree_of(file).body) != 1]
+    assert full == []
+
+
+def test_every_folder_of_modules_is_a_package():
+    folders = {file.parent for package in PACKAGES for file in (REPO / package).rglob("*.py")}
+    assert [str(folder) for folder in folders if not (folder / "__init__.py").is_file()] == []
+
+
+def test_tests_are_no_packages_and_hide_nobody():
+    assert list((REPO / "tests").rglob("__init__.py")) == []
+    names = {file.stem for file in (REPO / "tests").rglob("*.py")}
+    names |= {folder.name for folder in (REPO / "tests").rglob("*") if folder.is_dir()}
+    assert names & {*PACKAGES, "framemesh", "bench", *HEAVY, *HTTP_EDGE, *sys.stdlib_module_names} == set()
+
+
+def test_the_sdk_is_a_fixed_list_of_names():
+    import framemesh
+
+    assert sorted(framemesh.__all__) == PUBLIC_NAMES
+    assert all(hasattr(framemesh, name) for name in PUBLIC_NAMES)
+    imported = [name.rpartition(".")[2] for name in imports_of(tree_of(REPO / "framemesh.py"))]
+    assert sorted(imported) == PUBLIC_NAMES, "re-exports only"
+    kinds = {type(node) for node in tree_of(REPO / "framemesh.py").body}
+    assert kinds <= {ast.Expr, ast.ImportFrom, ast.Assign}
+
+
+# ---- who we are at run time --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [*PACKAGES, "framemesh"])
+def test_the_packages_are_ours(name):
+    module = importlib.import_module(name)
+    assert Path(module.__file__).resolve().is_relative_to(REPO)
+
+
+@pytest.fixture
+def trap(tmp_path):
+    """A working directory with strangers of our names."""
+    for package in PACKAGES:
+        (tmp_path / package).mkdir()
+        (tmp_path / package / "__init__.py").write_text('raise SystemExit("a stranger was imported")\n')
+    return tmp_path
+
+
+def start(command, cwd, environment):
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def unsafe_environment():
+    return {name: value for name, value in child_environment({}).items() if name != "PYTHONSAFEPATH"}
+
+
+def test_the_trap_works(trap):
+    ran = start([sys.executable, "-m", "runtime", "--help"], trap, unsafe_environment())
+    assert "a stranger was imported" in ran.stderr
+
+
+def test_children_are_not_shadowed_by_the_working_directory(trap):
+    ran = start(python_module("runtime", "--help"), trap, unsafe_environment())
+    assert ran.returncode == 0, ran.stderr
+    assert "--bind" in ran.stdout
+
+
+def test_nor_are_their_children(trap):
+    """torchrun starts the ranks without -P; the environment has to be enough. A stranger's PYTHONPATH comes last."""
+    environment = child_environment({})
+    environment["PYTHONPATH"] += f"{os.pathsep}{trap}"
+    ran = start([sys.executable, "-m", "runtime", "--help"], trap, environment)
+    assert ran.returncode == 0, ran.stderr
+
+
+def test_the_environment_of_children_keeps_ours_first(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "elsewhere")
+    assert child_environment({})["PYTHONPATH"] == f"{REPO}{os.pathsep}elsewhere"
+    assert child_environment({"RANK": "3"})["RANK"] == "3"
+
+
+@pytest.mark.parametrize(
+    ("module", "heavy"),
+    [
+        ("gateway.mesh", (*HEAVY, *HTTP_EDGE)),
+        ("gateway.app", HEAVY),
+        ("launch.cli", (*HEAVY, *HTTP_EDGE)),
+        ("launch.generator", (*HEAVY, *HTTP_EDGE)),
+        ("runtime.engine", (*HEAVY, *HTTP_EDGE, "numpy", "tokenizers")),
+        ("workers.seat", HEAVY),
+        ("framemesh", (*HEAVY, *HTTP_EDGE)),
+    ],
+)
+def test_light_processes_stay_light(module, heavy):
+    code = f"import sys, {module}; print(*sorted(set({heavy!r}) & set(sys.modules)))"
+    ran = start([sys.executable, "-c", code], REPO, child_environment({}))
+    assert (ran.returncode, ran.stdout.strip()) == (0, ""), ran.stderr

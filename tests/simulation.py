@@ -1,0 +1,374 @@
+"""Simulated ranks and gateways around the pure scheduler; they check every item that they are given."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from fake_mesh import demo_model
+
+from runtime.batching import BatchLimits
+from runtime.layout import Layout
+from runtime.models.card import card_for
+from runtime.protocol import Completed, Decode, Denoise, Encode, Progress, Release, Request
+from runtime.sampling import SamplingParams
+from runtime.scheduler import MAX_ACTIVE, Scheduler
+
+CARD = card_for(demo_model().configs)
+SECONDS = {"encode": 0.05, "denoise": 0.02, "decode": 0.03}
+"""True and, by default, predicted time of one unit: 5 steps or 3 chunks make an item."""
+
+
+@dataclass
+class KnownCost:
+    """A cost model that is right from the start."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: dict(SECONDS))
+    growth: float = 1.0
+    """What each further member adds to a batch's time, as a share of the first's; below 1 batching pays."""
+    observed: list[tuple[str, int]] = field(default_factory=list)
+
+    def predict(self, kind, params, layout, batch=1):
+        return self.seconds[kind] * (1 + self.growth * (batch - 1))
+
+    fitted = predict
+
+    def observe(self, kind, params, layout, units, seconds, batch=1):
+        self.observed.append((kind, units))
+
+
+@dataclass
+class State:
+    """What a rank holds of one request."""
+
+    params: object
+    run: int = 0
+    steps: int = 0
+    chunks: int = 0
+    decode_rank: int | None = None
+
+
+@dataclass
+class Gateway:
+    """Takes chunks, and grants a credit for each when it consumes it."""
+
+    limit: int
+    inbox: list[tuple[str, int]] = field(default_factory=list)
+    """(request, how often it had been started again)."""
+    excess: int = 0
+    """Chunks that arrived although the scheduler took them for lost: the only ones that may exceed the limit."""
+    received: Counter[tuple[str, int]] = field(default_factory=Counter)
+
+
+class Simulation:
+    """Ranks and gateways around a Scheduler, with a virtual clock; checks every item that it is given.
+
+    What a rank may rely on is asserted here, at the moment when the item is issued.
+    """
+
+    def __init__(self, *, num_ranks=2, cost=None, ready=True, budget=None, policy="srpt", max_batch=4, weights=None):
+        self.cost = cost or KnownCost()
+        limits = BatchLimits(max_batch)
+        self.scheduler = Scheduler(CARD, Layout(1, 1, num_ranks), self.cost, policy, limits, weights=weights or {})
+        self.budget = budget
+        self.now = 0.0
+        self.ranks = tuple(range(num_ranks))
+        self.items = []
+        self.news = []
+        self.ends = {}
+        self.params = {}
+        self.owner: dict[str, bytes] = {}
+        """The gateway that hears of a request."""
+        self.restarts: Counter[str] = Counter()
+        self.to_restart: set[str] = set()
+        self.states: dict[str, State] = {}
+        self.running = {}
+        self.due: dict[tuple[int, int], float] = {}
+        self.unsent: dict[int, int] = {}
+        self.run_of: dict[int, int] = {}
+        self.gateways: dict[bytes, Gateway] = {}
+        self.num_joined = 0
+        if ready:
+            self.scheduler.group_ready(budget)
+
+    # -- what happens to the scheduler --
+
+    def join(self, name=b"g", credits=64):
+        self.gateways[name] = Gateway(credits)
+        self.num_joined += 1
+        self.scheduler.gateway_joined(name, endpoint_of(name), credits)
+
+    def leave(self, name):
+        del self.gateways[name]
+        self.scheduler.gateway_lost(name, self.now)
+        self.settle()
+
+    def submit(self, *ids, gateway=b"g", steps=10, frames=9, **terms):
+        params = CARD.check(SamplingParams(prompt="a cat", seed=1, num_inference_steps=steps, num_frames=frames))
+        self.params |= dict.fromkeys(ids, params)
+        self.owner |= dict.fromkeys(ids, gateway)
+        requests = tuple(Request(request_id, params, **terms) for request_id in ids)
+        self.scheduler.submit(gateway, requests, self.now)
+        self.settle()
+
+    def resubmit(self, request_id, gateway, **terms):
+        """A gateway hands in an id that has not ended; another one than before takes it over."""
+        if gateway != self.owner[request_id] and gateway in self.gateways:
+            self.owner[request_id] = gateway
+            self.restarts[request_id] += 1
+            if request_id in self.states:
+                self.to_restart.add(request_id)
+        self.scheduler.submit(gateway, (Request(request_id, self.params[request_id], **terms),), self.now)
+        self.settle()
+
+    def cancel(self, request_id):
+        self.scheduler.cancel(request_id, "why not", self.now)
+        self.settle()
+
+    def report(self, rank, seq, failure=None):
+        """One rank is done with its part of an item."""
+        self.now = max(self.now, self.due.pop((rank, seq)))
+        item = self.running[seq]
+        over = not any(other == seq for _, other in self.due)
+        if over:
+            del self.running[seq]
+        if failure is not None:
+            if isinstance(item, Decode):
+                sent = item.chunks - self.unsent.pop(seq)
+                self.excess(item.endpoint, sent)
+            self.scheduler.failed(rank, seq, *failure, self.now)
+        else:
+            if isinstance(item, Decode):
+                while self.unsent[seq]:
+                    self.send_chunk(seq)
+                del self.unsent[seq]
+            self.scheduler.completed(rank, seq, self.seconds_of(item), self.now)
+        self.settle()
+
+    def lose_group(self, reason="rank 1 died"):
+        reports = list(self.due)
+        self.due.clear()
+        self.running.clear()
+        self.unsent.clear()
+        self.states.clear()
+        self.to_restart.clear()
+        for gateway in self.gateways.values():
+            gateway.excess += len(gateway.inbox)
+        self.scheduler.group_lost(reason, self.now)
+        self.settle()
+        for rank, seq in reports:
+            # What a rank of the lost group had sent before it died.
+            self.scheduler.completed(rank, seq, 1.0, self.now)
+            self.scheduler.failed(rank, seq, "late", "too late", self.now)
+        self.settle()
+
+    def regroup(self):
+        self.scheduler.group_ready(self.budget)
+        self.settle()
+
+    def send_chunk(self, seq):
+        """One chunk of a running decode arrives at its gateway; the item goes on."""
+        item = self.running.get(seq) or next(i for i in self.items if i.seq == seq)
+        self.unsent[seq] -= 1
+        gateway = self.gateways.get(name_of(item.endpoint))
+        if gateway is not None:
+            gateway.inbox.append((item.request_id, self.run_of[seq]))
+
+    def consume(self, name):
+        """The gateway stores one chunk, and says so; after a request's last chunk it says that it has all."""
+        gateway = self.gateways[name]
+        request_id, run = gateway.inbox.pop(0)
+        gateway.received[request_id, run] += 1
+        self.scheduler.granted(name, 1)
+        total = len(CARD.decode_chunks(self.params[request_id]))
+        if run == self.restarts[request_id] and gateway.received[request_id, run] == total:
+            self.scheduler.stored(request_id, self.now)
+        self.settle()
+
+    # -- what the scheduler does --
+
+    def settle(self):
+        """Let it plan; check and start what it planned; keep its news."""
+        self.read_news()
+        items = self.scheduler.plan(self.now)
+        self.read_news()
+        for item in items:
+            assert item.seq > (self.items[-1].seq if self.items else 0)
+            self.items.append(item)
+            self.start(item)
+        assert len(self.states) <= MAX_ACTIVE
+        for rank in self.ranks:
+            assert self.budget is None or self.bytes_on(rank) <= self.budget, "more than fits"
+
+    def start(self, item):
+        match item:
+            case Release():
+                self.released(item)
+                return
+            case Encode():
+                self.encoded(item)
+            case Denoise():
+                self.denoised(item)
+            case Decode():
+                self.decoded(item)
+        for rank in item.ranks:
+            assert not any(rank in other.ranks for other in self.running.values()), f"rank {rank} is in two items"
+        self.running[item.seq] = item
+        self.due |= {(rank, item.seq): self.now + self.seconds_of(item) for rank in item.ranks}
+
+    def released(self, item):
+        assert item.ranks == self.ranks
+        in_work = {request_id for other in self.running.values() for request_id in ids_of(other)}
+        for request_id in item.request_ids:
+            assert request_id not in in_work
+            state = self.states.pop(request_id)
+            if request_id in self.to_restart:
+                self.to_restart.remove(request_id)
+            elif isinstance(self.ends[request_id], Completed):
+                assert state.steps == state.params.num_inference_steps
+                assert state.chunks == len(CARD.decode_chunks(state.params))
+
+    def encoded(self, item):
+        assert item.ranks == self.ranks
+        for request in item.requests:
+            assert request.id not in self.states
+            self.states[request.id] = State(request.params, self.restarts[request.id])
+
+    def denoised(self, item):
+        assert (item.ranks, item.layout) == (self.ranks, self.scheduler.layout)
+        assert item.steps >= 1
+        assert 1 <= len(set(item.request_ids)) == len(item.request_ids) <= self.scheduler.limits.max_size
+        states = [self.states[request_id] for request_id in item.request_ids]
+        assert len({CARD.batch_key(state.params, state.steps) for state in states}) == 1
+        for request_id in item.request_ids:
+            state = self.states[request_id]
+            state.steps += item.steps
+            assert state.steps <= state.params.num_inference_steps, "a step too many"
+            assert state.decode_rank is None
+
+    def decoded(self, item):
+        state = self.states[item.request_id]
+        assert state.steps == state.params.num_inference_steps, "decoded before its last step"
+        assert item.chunks >= 1
+        assert item.chunks == 1 or state.chunks > 0, "the first chunk has company"
+        (rank,) = item.ranks
+        assert state.decode_rank in {None, rank}, "a decode moved"
+        if self.budget is None and state.decode_rank is None:
+            assert not any(other.decode_rank == rank and self.open(other_id) for other_id, other in self.states.items())
+        state.decode_rank = rank
+        state.chunks += item.chunks
+        assert state.chunks <= len(CARD.decode_chunks(state.params)), "a chunk too many"
+        self.unsent[item.seq] = item.chunks
+        self.run_of[item.seq] = state.run
+        gateway = self.gateways[name_of(item.endpoint)]
+        under_way = len(gateway.inbox) + sum(
+            self.unsent[other.seq]
+            for other in [*self.running.values(), item]
+            if isinstance(other, Decode) and other.endpoint == item.endpoint
+        )
+        assert under_way <= gateway.limit + gateway.excess, "more chunks under way than were granted"
+
+    def open(self, request_id):
+        """Whether its rank holds a decode that is under way."""
+        state = self.states[request_id]
+        done = state.chunks == len(CARD.decode_chunks(state.params)) and not self.runs(request_id)
+        return state.decode_rank is not None and not done and request_id not in self.ends
+
+    def runs(self, request_id):
+        return any(request_id in ids_of(item) for item in self.running.values())
+
+    def bytes_on(self, rank):
+        held = 0
+        for request_id, state in self.states.items():
+            stage = "decode" if state.decode_rank == rank and self.open(request_id) else "denoise"
+            held += CARD.state_bytes(state.params, stage)
+        return held
+
+    def read_news(self):
+        for gateway, news in self.scheduler.take_news():
+            self.news.append((gateway, news))
+            assert news.request_id not in self.ends, "news after the end"
+            assert gateway == self.owner[news.request_id], "news for somebody else"
+            if isinstance(news, Progress):
+                assert 0 <= news.step <= news.total_steps
+            else:
+                self.ends[news.request_id] = news
+
+    def excess(self, endpoint, chunks):
+        if name_of(endpoint) in self.gateways:
+            self.gateways[name_of(endpoint)].excess += chunks
+
+    def seconds_of(self, item):
+        match item:
+            case Encode():
+                return SECONDS["encode"] * len(item.requests)
+            case Denoise():
+                growth = getattr(self.cost, "growth", 1.0)
+                return SECONDS["denoise"] * item.steps * (1 + growth * (len(item.request_ids) - 1))
+        return SECONDS["decode"] * item.chunks
+
+    # -- time --
+
+    def next_report(self):
+        """The report that is due first."""
+        rank, seq = min(self.due, key=lambda key: (self.due[key], key))
+        self.report(rank, seq)
+
+    def run(self, *, consume=True, until=lambda: False):
+        """Let time pass until nothing more happens by itself."""
+        while not until():
+            full = [name for name, gateway in self.gateways.items() if gateway.inbox] if consume else []
+            if full:
+                self.consume(full[0])
+            elif self.due:
+                self.next_report()
+            else:
+                return
+
+    def run_to(self, kind):
+        """Until an item of this kind runs."""
+        self.run(until=lambda: any(isinstance(item, kind) for item in self.running.values()))
+        return next(item for item in self.running.values() if isinstance(item, kind))
+
+    def finish(self, item):
+        for rank in item.ranks:
+            self.report(rank, item.seq)
+
+    def items_of(self, kind, request_id=None):
+        return [i for i in self.items if isinstance(i, kind) and (request_id is None or request_id in ids_of(i))]
+
+    def stages(self, request_id):
+        """Every stage that its news told, repeats left out."""
+        told = [n.stage for _, n in self.news if isinstance(n, Progress) and n.request_id == request_id]
+        return [stage for n, stage in enumerate(told) if n == 0 or told[n - 1] != stage]
+
+    def spare_credits(self, name):
+        """How many chunks can be under way, found out by a request whose chunks nobody consumes for a while."""
+        probe = f"probe {name.decode()}"
+        self.submit(probe, gateway=name, steps=1, frames=257)
+        self.run(consume=False)
+        spare = self.states[probe].chunks
+        self.run()
+        return spare
+
+
+def endpoint_of(name):
+    return f"ipc://{name.decode()}"
+
+
+def name_of(endpoint):
+    return endpoint.removeprefix("ipc://").encode()
+
+
+def ids_of(item):
+    match item:
+        case Encode():
+            return tuple(request.id for request in item.requests)
+        case Decode():
+            return (item.request_id,)
+    return item.request_ids
+
+
+def bytes_of(stage, frames):
+    params = CARD.check(SamplingParams(prompt="a cat", seed=1, num_frames=frames))
+    return CARD.state_bytes(params, stage)

@@ -1,0 +1,158 @@
+"""The cost model: what the fit recovers, what it never becomes, and which of its figures a prediction takes."""
+
+from __future__ import annotations
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulation import CARD
+
+from runtime.cost import SMOOTHING, Constants, CostModel, Line
+from runtime.layout import Layout
+from runtime.sampling import SamplingParams
+
+LAYOUT = Layout(1, 1, 2)
+
+
+def params(side=64, frames=9, guidance=5.0):
+    return CARD.check(
+        SamplingParams(prompt="a cat", seed=1, height=side, width=side, num_frames=frames, guidance_scale=guidance)
+    )
+
+
+# ---- the line ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("fixed", "slope"), [(0.003, 2e-11), (0.5, 1e-12), (0.0, 3e-11)])
+@pytest.mark.parametrize("guess", [(0.002, 5e-11), (1.0, 1e-9), (0.0, 1e-14)])
+def test_the_fit_recovers_the_line_that_made_its_points(fixed, slope, guess):
+    line = Line(*guess)
+    for work in [1e9, 4e9, 2e9, 1e10] * 5:
+        line.add(work, fixed + slope * work)
+    assert line.fixed == pytest.approx(fixed, abs=1e-6)
+    assert line.slope == pytest.approx(slope, rel=1e-4)
+    assert line.at(3e9) == pytest.approx(fixed + 3e9 * slope, rel=1e-3)
+
+
+def test_the_fit_follows_a_machine_that_changes():
+    line = Line(0.01, 1e-11)
+    for factor in (1.0, 3.0):
+        for work in [1e9, 5e9, 1e10] * 100:
+            line.add(work, factor * (0.01 + 2e-11 * work))
+    assert line.at(5e9) == pytest.approx(3 * (0.01 + 0.1), rel=0.05)
+
+
+def test_one_shape_alone_scales_the_first_guess():
+    line, guess = Line(0.002, 5e-11), Line(0.002, 5e-11)
+    for _ in range(50):
+        line.add(1e9, 10 * guess.at(1e9))
+    assert line.at(1e9) == pytest.approx(10 * guess.at(1e9))
+    assert line.at(5e9) == pytest.approx(10 * guess.at(5e9))
+
+
+@pytest.mark.parametrize("points", [[(1e9, 0.5), (2e9, 0.1)], [(1e9, 0.01), (2e9, 5.0)]])
+def test_points_that_no_such_line_has_made_leave_it_non_negative(points):
+    line = Line(0.002, 5e-11)
+    for x, y in points * 10:
+        line.add(x, y)
+    assert line.fixed >= 0
+    assert line.slope >= 0
+
+
+@settings(max_examples=300, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.floats(1, 1e14), st.floats(1e-6, 1e3)), min_size=1, max_size=40))
+def test_whatever_is_measured_every_prediction_is_positive(points):
+    line = Line(0.002, 5e-11)
+    for x, y in points:
+        line.add(x, y)
+        assert line.fixed >= 0
+        assert line.slope >= 0
+        assert line.at(x) > 0
+
+
+# ---- the model ---------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_has_a_first_guess_that_grows_with_its_work():
+    cost = CostModel(CARD)
+    for kind in ("encode", "denoise", "decode"):
+        assert cost.predict(kind, params(), LAYOUT) > 0
+    for kind in ("denoise", "decode"):
+        assert cost.predict(kind, params(256), LAYOUT) > cost.predict(kind, params(64), LAYOUT)
+    assert cost.predict("denoise", params(), LAYOUT, 4) > cost.predict("denoise", params(), LAYOUT)
+    assert cost.predict("denoise", params(), Layout(1, 1, 8)) < cost.predict("denoise", params(), LAYOUT)
+    assert cost.predict("denoise", params(guidance=1.0), LAYOUT) < cost.predict("denoise", params(), LAYOUT)
+
+
+def test_what_was_measured_is_preferred_and_smoothed():
+    cost = CostModel(CARD)
+    cost.observe("denoise", params(), LAYOUT, 5, 2.0)
+    assert cost.predict("denoise", params(), LAYOUT) == pytest.approx(0.4)
+    cost.observe("denoise", params(), LAYOUT, 1, 0.9)
+    assert cost.predict("denoise", params(), LAYOUT) == pytest.approx(0.4 + SMOOTHING * 0.5)
+    cost.observe("denoise", params(256), LAYOUT, 1, 9.0)
+    assert cost.predict("denoise", params(), LAYOUT) == pytest.approx(0.5), "another shape is another figure"
+
+
+def test_a_measured_step_grows_with_the_batch_as_the_line_does():
+    cost = CostModel(CARD)
+    cost.observe("denoise", params(), LAYOUT, 1, 0.4)
+    growth = cost.fitted("denoise", params(), LAYOUT, 3) / cost.fitted("denoise", params(), LAYOUT, 1)
+    assert cost.predict("denoise", params(), LAYOUT, 3) == pytest.approx(0.4 * growth)
+    cost.observe("denoise", params(), LAYOUT, 2, 1.0, 3)
+    assert cost.predict("denoise", params(), LAYOUT, 3) == pytest.approx(0.5)
+
+
+def test_other_shapes_gain_from_what_was_measured():
+    """Ten times slower than the guess, by two shapes: a third is predicted within a few percent."""
+    cost, truth = CostModel(CARD), CostModel(CARD)
+    for _ in range(20):
+        for side in (64, 256):
+            seconds = 10 * truth.fitted("denoise", params(side), LAYOUT, 1)
+            cost.observe("denoise", params(side), LAYOUT, 1, seconds)
+    third = params(128, 17)
+    assert cost.predict("denoise", third, LAYOUT) == pytest.approx(
+        10 * truth.fitted("denoise", third, LAYOUT, 1), rel=0.05
+    )
+
+
+@pytest.mark.parametrize(("units", "seconds"), [(0, 1.0), (1, 0.0), (3, -1.0)])
+def test_nonsense_is_not_learnt(units, seconds):
+    cost = CostModel(CARD)
+    before = cost.predict("denoise", params(), LAYOUT)
+    cost.observe("denoise", params(), LAYOUT, units, seconds)
+    assert cost.predict("denoise", params(), LAYOUT) == before
+    assert cost.error is None
+
+
+def test_the_error_is_the_median_absolute_percentage_error():
+    cost = CostModel(CARD)
+    assert cost.error is None
+    cost.observe("decode", params(), LAYOUT, 1, 1.0)
+    assert cost.error is None, "the first of a shape was no prediction"
+    for _ in range(20):
+        cost.constants.measured.clear()
+        cost.observe("decode", params(), LAYOUT, 1, 1.0)
+        cost.observe("decode", params(), LAYOUT, 1, 0.8)
+    assert cost.error == pytest.approx(abs(1.0 - 0.8) / 0.8)
+    cost.observe("decode", params(), LAYOUT, 1, 1e-3)
+    assert cost.error == pytest.approx(0.25), "one outlier moves no median"
+
+
+def test_constants_survive_the_disk():
+    cost = CostModel(CARD)
+    for seconds in (1.0, 1.2, 0.9):
+        cost.observe("denoise", params(), LAYOUT, 3, seconds)
+        cost.observe("denoise", params(256), LAYOUT, 3, 4 * seconds, 2)
+    kept = msgspec.json.decode(msgspec.json.encode(cost.constants), type=Constants)
+    again = CostModel(CARD, kept)
+    for side in (64, 128, 256):
+        for batch in (1, 2, 4):
+            expected = cost.predict("denoise", params(side), LAYOUT, batch)
+            assert again.predict("denoise", params(side), LAYOUT, batch) == pytest.approx(expected)
+
+
+def test_a_new_model_shares_no_constants_with_another():
+    CostModel(CARD).observe("encode", params(), LAYOUT, 1, 99.0)
+    assert CostModel(CARD).predict("encode", params(), LAYOUT) < 1.0

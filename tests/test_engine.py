@@ -1,0 +1,469 @@
+"""The engine over real sockets, with ranks, gateways and supervisors that are played by the test."""
+
+from __future__ import annotations
+
+import threading
+import time
+from contextlib import ExitStack
+
+import pytest
+from fake_mesh import demo_model
+
+import runtime.engine
+from runtime.cost import CostModel
+from runtime.engine import Engine
+from runtime.layout import Layout
+from runtime.models.card import card_for
+from runtime.protocol import (
+    Cancelled,
+    Completed,
+    Decode,
+    Denoise,
+    Done,
+    Drain,
+    Encode,
+    Failed,
+    Fence,
+    FromScheduler,
+    GatewayHello,
+    Grant,
+    Heartbeat,
+    ItemFailed,
+    MeshState,
+    Progress,
+    Ready,
+    Release,
+    Request,
+    Shutdown,
+    Stored,
+    Submit,
+    SupervisorHello,
+    ToScheduler,
+    Welcome,
+    WorkerHello,
+)
+from runtime.sampling import SamplingParams
+from runtime.scheduler import Scheduler
+from runtime.wire import Channel
+
+EPOCH = 77
+PATIENCE_S = 10.0
+QUIET_S = 0.15
+MODEL = demo_model()
+CARD = card_for(MODEL.configs)
+
+
+def request(request_id, steps=2, frames=5, **terms):
+    params = CARD.check(SamplingParams(prompt="a cat", seed=1, num_inference_steps=steps, num_frames=frames))
+    return Request(request_id, params, **terms)
+
+
+def eventually(condition):
+    until = time.monotonic() + PATIENCE_S
+    while not condition():
+        assert time.monotonic() < until, "it never came to that"
+        time.sleep(0.002)
+
+
+class Peer:
+    """One socket to the engine; keeps what it heard."""
+
+    def __init__(self, endpoint, identity):
+        self.channel = Channel.connect(endpoint, FromScheduler, identity)
+        self.identity = identity
+        self.heard = []
+
+    def send(self, message, epoch=EPOCH):
+        self.channel.set_epoch(epoch)
+        self.channel.send(message)
+
+    def next(self, timeout_s=PATIENCE_S):
+        received = self.channel.receive(timeout_s)
+        if received is None:
+            return None
+        assert received.epoch == EPOCH
+        self.heard.append(received.message)
+        return received.message
+
+    def expect(self, kind, where=lambda message: True):
+        """The next message of this kind; others may come before it."""
+        until = time.monotonic() + PATIENCE_S
+        while time.monotonic() < until:
+            message = self.next(max(until - time.monotonic(), 0.0))
+            if isinstance(message, kind) and where(message):
+                return message
+        raise AssertionError(f"{self.identity} heard no {kind}, but {self.heard}")
+
+    def hears_none(self, kind):
+        while (message := self.next(QUIET_S)) is not None:
+            assert not isinstance(message, kind), message
+
+
+class Rank(Peer):
+    def __init__(self, endpoint, rank, generation=0, life=0, num_ranks=2, host="here"):
+        super().__init__(endpoint, f"worker{rank}-{generation}-{life}".encode())
+        self.rank = rank
+        self.generation = generation
+        self.send(WorkerHello(rank, num_ranks, generation, host, 1000 + rank), epoch=0)
+
+    def ready(self, **told):
+        assert self.expect(Welcome).epoch == EPOCH
+        self.send(Ready(self.rank, self.generation, MODEL if self.rank == 0 else None, **told))
+
+    def done(self, item):
+        self.send(Done(self.rank, item.seq, 1.0, 1.01))
+
+
+class Stage:
+    """An engine in a thread of its own, and everybody that the test lets appear."""
+
+    def __init__(self, folder, stack, num_ranks=2):
+        self.endpoint = f"ipc://{folder}/scheduler"
+        self.traced = []
+        self.scheduler = Scheduler(CARD, Layout(1, 1, num_ranks), CostModel(CARD))
+        self.channel = Channel.bind(self.endpoint, ToScheduler)
+        self.engine = Engine(self.channel, self.scheduler, EPOCH, self.traced.append)
+        self.ended = False
+        self.thread = threading.Thread(target=self.loop, daemon=True)
+        self.thread.start()
+        self.stack = stack
+        stack.callback(self.close)
+
+    def loop(self):
+        while not self.engine.stopped and not self.ended:
+            self.engine.step()
+
+    def close(self):
+        self.ended = True
+        self.supervisor("closer")
+        self.thread.join(PATIENCE_S)
+        assert not self.thread.is_alive()
+        self.channel.close()
+
+    def enter(self, peer):
+        self.stack.callback(peer.channel.close)
+        return peer
+
+    def rank(self, rank, **hello):
+        return self.enter(Rank(self.endpoint, rank, **hello))
+
+    def ranks(self, **hello):
+        """Two ranks that are ready."""
+        ranks = [self.rank(number, **hello) for number in (0, 1)]
+        for rank in ranks:
+            rank.ready()
+        eventually(lambda: self.scheduler.ready)
+        return ranks
+
+    def gateway(self, name=b"gateway", credits=16):
+        peer = self.enter(Peer(self.endpoint, name))
+        peer.send(GatewayHello(f"ipc://{name.decode()}", credits), epoch=0)
+        peer.expect(MeshState)
+        return peer
+
+    def supervisor(self, host):
+        peer = self.enter(Peer(self.endpoint, f"supervisor-{host}".encode()))
+        peer.send(SupervisorHello(host), epoch=0)
+        return peer
+
+
+@pytest.fixture
+def stage(tmp_path_factory):
+    with ExitStack() as stack:
+        yield Stage(tmp_path_factory.mktemp("s"), stack)
+
+
+def shared(ranks, kind):
+    """The item that all ranks were given."""
+    items = [rank.expect(kind) for rank in ranks]
+    assert all(item == items[0] for item in items)
+    return items[0]
+
+
+def until_delivered(ranks):
+    """Work on the only request until all its frames are out."""
+    for kind in (Encode, Denoise):
+        item = shared(ranks, kind)
+        for rank in ranks:
+            rank.done(item)
+    decode = ranks[0].expect(Decode)
+    assert decode.chunks == 1
+    ranks[0].done(decode)
+
+
+# ---- hello and the way of a request ------------------------------------------------------------------------------
+
+
+def test_hello_welcome_ready(stage):
+    gateway = stage.enter(Peer(stage.endpoint, b"gateway"))
+    gateway.send(GatewayHello("ipc://frames", 16), epoch=0)
+    assert gateway.next() == Welcome(EPOCH)
+    assert gateway.next() == MeshState(False, "the workers are starting", 0, 2)
+    supervisor = stage.supervisor("here")
+    assert [supervisor.next(), supervisor.next()] == gateway.heard
+    zero, one = stage.rank(0), stage.rank(1)
+    zero.ready()
+    for peer in (gateway, supervisor):
+        assert peer.expect(MeshState) == MeshState(False, "the workers are starting", 1, 2, MODEL)
+    one.ready()
+    for peer in (gateway, supervisor):
+        assert peer.expect(MeshState) == MeshState(True, "ready", 2, 2, MODEL)
+    late = stage.enter(Peer(stage.endpoint, b"late"))
+    late.send(GatewayHello("ipc://late", 16), epoch=0)
+    assert [late.next(), late.next()] == [Welcome(EPOCH), MeshState(True, "ready", 2, 2, MODEL)]
+
+
+def test_a_request_goes_to_the_ranks_and_back(stage):
+    gateway, ranks = stage.gateway(), stage.ranks()
+    gateway.send(Submit((request("r1", steps=1, frames=1),)))
+    until_delivered(ranks)
+    gateway.expect(Progress, lambda news: news.stage == "deliver")
+    gateway.send(Grant(1))
+    gateway.send(Stored("r1"))
+    assert gateway.expect(Completed).request_id == "r1"
+    assert shared(ranks, Release).request_ids == ("r1",)
+    stages = [message.stage for message in gateway.heard if isinstance(message, Progress)]
+    assert stages == ["queued", "encode", "denoise", "decode", "deliver"]
+    assert sorted((done.seq, done.rank) for done in stage.traced) == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]
+
+
+def test_a_worker_of_another_mesh_size_gets_no_seat(stage):
+    stranger = stage.rank(0, num_ranks=3)
+    stranger.hears_none(Welcome)
+    stage.ranks(life=1)
+
+
+def test_a_failed_item_ends_its_request_and_the_mesh_lives_on(stage):
+    gateway, ranks = stage.gateway(), stage.ranks()
+    gateway.send(Submit((request("r1"),)))
+    item = shared(ranks, Encode)
+    ranks[0].send(ItemFailed(0, item.seq, "out_of_memory", "too big", group_broken=False))
+    ranks[1].done(item)
+    assert gateway.expect(Failed) == Failed("r1", "out_of_memory", "too big")
+    assert shared(ranks, Release).request_ids == ("r1",)
+    gateway.send(Submit((request("r2"),)))
+    assert shared(ranks, Encode).requests[0].id == "r2"
+
+
+# ---- stale messages ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("epoch", [0, EPOCH - 1, EPOCH + 1])
+def test_messages_of_another_epoch_are_dropped_and_counted(stage, epoch):
+    gateway, ranks = stage.gateway(), stage.ranks()
+    gateway.send(Submit((request("stale"),)), epoch)
+    gateway.send(Drain(), epoch)
+    gateway.send(Submit((request("fresh"),)))
+    item = shared(ranks, Encode)
+    assert [r.id for r in item.requests] == ["fresh"]
+    assert stage.engine.stale == 2
+    for rank in ranks:
+        rank.send(Done(rank.rank, item.seq, 0.0, 1.0), epoch)
+    eventually(lambda: stage.engine.stale == 4)
+    assert stage.traced == []
+    assert not stage.engine.stopped
+    for rank in ranks:
+        rank.done(item)
+    ranks[0].expect(Denoise)
+
+
+def test_a_stranger_cannot_speak_for_a_rank(stage):
+    gateway, ranks = stage.gateway(), stage.ranks()
+    gateway.send(Submit((request("r1"),)))
+    item = shared(ranks, Encode)
+    stranger = stage.enter(Peer(stage.endpoint, b"stranger"))
+    stranger.send(Done(0, item.seq, 0.0, 1.0))
+    stranger.send(Done(9, item.seq, 0.0, 1.0))
+    stranger.send(ItemFailed(1, item.seq, "x", "y", group_broken=True))
+    eventually(lambda: stage.engine.stale == 3)
+    assert stage.scheduler.ready
+
+
+# ---- a group that is lost ----------------------------------------------------------------------------------------
+
+
+def break_by_generation(stage, ranks, item):
+    stage.rank(0, generation=1)
+    return "restarted"
+
+
+def break_by_a_new_life(stage, ranks, item):
+    """A torchrun that was started anew counts from generation 0."""
+    stage.rank(1, generation=0, life=1)
+    return "restarted"
+
+
+def break_by_report(stage, ranks, item):
+    ranks[1].send(ItemFailed(1, item.seq, "internal_error", "RuntimeError: boom", group_broken=True))
+    return "rank 1: RuntimeError: boom"
+
+
+@pytest.mark.parametrize("cause", [break_by_generation, break_by_a_new_life, break_by_report])
+def test_a_lost_group_fails_what_ran_and_comes_back(stage, cause):
+    gateway, supervisor, ranks = stage.gateway(), stage.supervisor("here"), stage.ranks()
+    gateway.send(Submit((request("running"),)))
+    item = shared(ranks, Encode)
+    reason = cause(stage, ranks, item)
+    for peer in (gateway, supervisor):
+        state = peer.expect(MeshState, lambda state: state.losses > 0)
+        assert (state.ready, state.losses, state.ranks_ready) == (False, 1, 0)
+        assert reason in state.reason
+    failed = gateway.expect(Failed)
+    assert (failed.request_id, failed.code) == ("running", "worker_lost")
+    assert reason in failed.reason
+    stale = stage.engine.stale
+    for rank in ranks:
+        rank.done(item)
+    eventually(lambda: stage.engine.stale == stale + 2)
+    gateway.send(Submit((request("waiting"),)))
+    gateway.expect(Progress, lambda news: news.request_id == "waiting")
+    again = stage.ranks(generation=2)
+    assert shared(again, Encode).requests[0].id == "waiting"
+
+
+def test_a_rank_of_an_older_generation_is_not_mixed_in(stage):
+    new = stage.rank(0, generation=3)
+    new.ready()
+    old = stage.rank(1, generation=2)
+    old.hears_none(Welcome)
+    assert stage.engine.stale == 1
+    other = stage.rank(1, generation=3, life=1)
+    other.ready()
+    eventually(lambda: stage.scheduler.ready)
+
+
+def test_ranks_that_join_one_by_one_are_one_group(stage):
+    supervisor = stage.supervisor("here")
+    for generation in (0, 1, 2):
+        ranks = [stage.rank(number, generation=generation) for number in (0, 1)]
+        for rank in ranks:
+            rank.ready()
+        state = supervisor.expect(MeshState, lambda state: state.ready)
+        assert state.losses == generation
+
+
+def test_a_silent_rank_is_fenced_by_its_own_host(stage, monkeypatch):
+    monkeypatch.setattr(runtime.engine, "HEARTBEAT_LIMIT_S", 0.4)
+    here, there = stage.supervisor("here"), stage.supervisor("there")
+    zero, one = stage.rank(0, host="there"), stage.rank(1)
+    zero.ready()
+    one.ready()
+    gateway = stage.gateway()
+    gateway.send(Submit((request("r1"),)))
+    heart = stage.enter(Peer(stage.endpoint, zero.identity + b"/heart"))
+    fenced = None
+    until = time.monotonic() + PATIENCE_S
+    while fenced is None and time.monotonic() < until:
+        heart.send(Heartbeat(0, 0, -1))
+        message = here.next(0.05)
+        fenced = message if isinstance(message, Fence) else None
+    assert (fenced.rank, fenced.pid) == (1, 1001)
+    assert "rank 1 was silent for 0." in fenced.reason
+    assert "was silent" in gateway.expect(Failed).reason
+    there.hears_none(Fence)
+
+
+def test_heartbeats_keep_a_busy_rank_alive(stage, monkeypatch):
+    monkeypatch.setattr(runtime.engine, "HEARTBEAT_LIMIT_S", 0.3)
+    supervisor, ranks = stage.supervisor("here"), stage.ranks()
+    hearts = [stage.enter(Peer(stage.endpoint, rank.identity + b"/heart")) for rank in ranks]
+    until = time.monotonic() + 0.8
+    while time.monotonic() < until:
+        for number, heart in enumerate(hearts):
+            heart.send(Heartbeat(number, 0, 5))
+        time.sleep(0.05)
+    assert stage.scheduler.ready
+    assert not any(isinstance(message, Fence) for message in supervisor.heard)
+
+
+def test_a_rank_that_loads_its_model_may_be_silent(stage, monkeypatch):
+    monkeypatch.setattr(runtime.engine, "HEARTBEAT_LIMIT_S", 0.05)
+    supervisor = stage.supervisor("here")
+    loading = stage.rank(0)
+    loading.expect(Welcome)
+    time.sleep(0.2)
+    stage.gateway()
+    supervisor.hears_none(Fence)
+
+
+def test_a_rank_that_is_gone_is_found_by_the_send(stage):
+    gateway, ranks = stage.gateway(), stage.ranks()
+    ranks[1].channel.close()
+    time.sleep(QUIET_S)
+    gateway.send(Submit((request("r1"),)))
+    failed = gateway.expect(Failed)
+    assert (failed.code, "rank 1 is gone" in failed.reason) == ("worker_lost", True)
+    assert not stage.scheduler.ready
+
+
+# ---- gateways ----------------------------------------------------------------------------------------------------
+
+
+def test_news_go_to_the_gateway_that_asked(stage):
+    one, two = stage.gateway(b"one"), stage.gateway(b"two")
+    one.send(Submit((request("r1"),)))
+    two.send(Submit((request("r2"),)))
+    assert one.expect(Progress).request_id == "r1"
+    assert two.expect(Progress).request_id == "r2"
+    one.hears_none(Progress)
+
+
+def test_a_gateway_that_dies_while_its_request_waits_for_it_is_noticed(stage, monkeypatch):
+    """Delivered and not yet stored: no news is due, so that only a probe finds out."""
+    monkeypatch.setattr(runtime.engine, "GATEWAY_PROBE_S", 0.05)
+    gateway, ranks = stage.gateway(), stage.ranks()
+    gateway.send(Submit((request("r1", steps=1, frames=1),)))
+    until_delivered(ranks)
+    gateway.expect(Progress, lambda news: news.stage == "deliver")
+    gateway.channel.close()
+    assert shared(ranks, Release).request_ids == ("r1",)
+    eventually(lambda: stage.scheduler.idle)
+
+
+def test_a_timeout_passes_though_nothing_happens(stage):
+    gateway = stage.gateway()
+    started = time.monotonic()
+    gateway.send(Submit((request("r1", timeout_s=0.3),)))
+    assert gateway.expect(Cancelled).request_id == "r1"
+    assert 0.25 < time.monotonic() - started < 0.9
+
+
+def test_the_poorest_rank_sets_the_budget(stage):
+    gateway = stage.gateway()
+    ranks = [stage.rank(0), stage.rank(1)]
+    ranks[0].ready(memory_budget=1 << 40)
+    ranks[1].ready(memory_budget=1000)
+    eventually(lambda: stage.scheduler.ready)
+    gateway.send(Submit((request("r1"),)))
+    assert gateway.expect(Failed).code == "out_of_memory"
+
+
+# ---- the end -----------------------------------------------------------------------------------------------------
+
+
+def test_a_drain_finishes_what_runs_refuses_the_rest_and_shuts_the_ranks_down(stage):
+    gateway, supervisor, ranks = stage.gateway(), stage.supervisor("here"), stage.ranks()
+    gateway.send(Submit((request("running", steps=1, frames=1),)))
+    gateway.expect(Progress, lambda news: news.stage == "encode")
+    supervisor.send(Drain())
+    eventually(lambda: stage.scheduler.draining)
+    gateway.send(Submit((request("late"),)))
+    refused = gateway.expect(Failed)
+    assert (refused.request_id, refused.code) == ("late", "draining")
+    until_delivered(ranks)
+    assert not stage.engine.stopped
+    gateway.send(Stored("running"))
+    assert gateway.expect(Completed).request_id == "running"
+    for rank in ranks:
+        rank.expect(Shutdown)
+        assert [type(message) for message in rank.heard[-2:]] == [Release, Shutdown]
+    eventually(lambda: stage.engine.stopped)
+
+
+def test_an_idle_mesh_drains_at_once(stage):
+    supervisor, ranks = stage.supervisor("here"), stage.ranks()
+    supervisor.expect(Welcome)
+    supervisor.send(Drain())
+    for rank in ranks:
+        rank.expect(Shutdown)
+    eventually(lambda: stage.engine.stopped)

@@ -1,0 +1,191 @@
+"""The ledger against sums made anew each time; what is refused, and whether the advice is right."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from simulation import CARD, KnownCost, Simulation, bytes_of
+
+from runtime.memory import MemoryLedger
+from runtime.models.card import card_for
+from runtime.protocol import Completed, Decode, Request
+from runtime.request import RequestRecord, Stage
+from runtime.sampling import SamplingParams
+
+HUGE = 1 << 60
+
+
+def record(ledger, request_id, frames=9, **size):
+    params = CARD.check(SamplingParams(prompt="a cat", seed=1, num_frames=frames, **size))
+    made = RequestRecord(Request(request_id, params), b"g", 0.0)
+    ledger.measure(made)
+    return made
+
+
+def test_a_record_is_measured_by_its_card():
+    made = record(MemoryLedger(CARD), "a", 33)
+    assert made.state_bytes == bytes_of("denoise", 33)
+    assert made.state_bytes + made.decode_bytes == bytes_of("decode", 33)
+
+
+def test_what_just_fits_is_taken_and_a_byte_less_refuses_it():
+    made = record(MemoryLedger(CARD), "a")
+    need = made.state_bytes + made.decode_bytes
+    assert MemoryLedger(CARD, need).refusal(made) is None
+    assert MemoryLedger(CARD, need).admits(made)
+    assert MemoryLedger(CARD, need - 1).refusal(made) is not None
+    assert not MemoryLedger(CARD, need - 1).admits(made)
+    assert MemoryLedger(CARD, None).refusal(made) is None
+
+
+@pytest.mark.parametrize("frames", [5, 9, 13, 77, 81, 85, 257, 1025])
+@pytest.mark.parametrize("fitting", [1, 5, 41])
+def test_the_advice_of_fewer_frames_fits_and_four_more_would_not(frames, fitting):
+    if fitting >= frames:
+        return
+    ledger = MemoryLedger(CARD, bytes_of("decode", fitting))
+    said = ledger.refusal(record(ledger, "a", frames))
+    advised = int(re.search(r"; (\d+) frames of 64x64 would fit$", said)[1])
+    assert ledger.refusal(record(ledger, "b", advised)) is None
+    assert advised + 4 >= frames or ledger.refusal(record(ledger, "c", advised + 4)) is not None
+
+
+@pytest.mark.parametrize(("height", "width"), [(480, 832), (1024, 512), (96, 4096)])
+def test_the_advice_of_a_smaller_size_fits_and_is_a_valid_one(height, width):
+    """The decoder's cache does not shrink with the frames, so fewer of them may not be enough."""
+    whole = record(MemoryLedger(CARD), "a", 17, height=height, width=width)
+    least = record(MemoryLedger(CARD), "a", 1, height=height, width=width)
+    ledger = MemoryLedger(CARD, (least.state_bytes + least.decode_bytes) // 2)
+    advice = re.search(r"; 17 frames of (\d+)x(\d+) would fit$", ledger.refusal(whole))
+    advised = record(ledger, "b", 17, width=int(advice[1]), height=int(advice[2]))
+    assert ledger.refusal(advised) is None
+    assert advised.request.params.width / advised.request.params.height == pytest.approx(width / height, rel=0.5)
+
+
+def test_a_model_that_never_fits_says_so():
+    ledger = MemoryLedger(CARD, 1)
+    assert ledger.refusal(record(ledger, "a", 17)).endswith("no size of this model would fit")
+
+
+def test_an_open_decode_counts_against_newcomers():
+    """Two decodes on one rank were allowed while there was room; a newcomer's state must not push them over."""
+    ledger = MemoryLedger(CARD)
+    a, b, c = (record(ledger, name) for name in "abc")
+    ledger.budget = 2 * a.state_bytes + 2 * a.decode_bytes + c.state_bytes - 1
+    for each in (a, b):
+        assert ledger.admits(each)
+        ledger.enter(each)
+        assert ledger.may_open_decode(each, 0)
+        each.decode_rank = 0
+        ledger.open_decode(each, 0)
+    assert not ledger.admits(c)
+    ledger.close_decode(a)
+    assert ledger.admits(c)
+
+
+def test_without_a_budget_one_decode_is_open_per_rank():
+    ledger = MemoryLedger(CARD)
+    a, b = record(ledger, "a"), record(ledger, "b")
+    for each in (a, b):
+        ledger.enter(each)
+    a.decode_rank = 1
+    ledger.open_decode(a, 1)
+    assert not ledger.may_open_decode(b, 1)
+    assert ledger.may_open_decode(b, 0)
+    ledger.leave(a)
+    assert ledger.may_open_decode(b, 1)
+
+
+ACTIONS = st.lists(
+    st.tuples(st.sampled_from(["enter", "open", "close", "leave"]), st.integers(0, 9), st.integers(0, 2)), max_size=80
+)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(ACTIONS, st.sampled_from([bytes_of("decode", 33), 2 * bytes_of("decode", 33), HUGE]))
+def test_the_ledger_is_the_sum_of_what_is_held_and_never_over_the_budget(actions, budget):
+    ledger = MemoryLedger(CARD, budget)
+    held: list[RequestRecord] = []
+    for number, (action, index, rank) in enumerate(actions):
+        chosen = held[index % len(held)] if held else None
+        if action == "enter":
+            newcomer = record(ledger, f"r{number}", [1, 9, 33][rank])
+            if ledger.admits(newcomer):
+                ledger.enter(newcomer)
+                held.append(newcomer)
+        elif chosen is None:
+            continue
+        elif action == "open" and chosen.decode_rank is None and ledger.may_open_decode(chosen, rank):
+            chosen.decode_rank, chosen.stage = rank, Stage.DECODE
+            ledger.open_decode(chosen, rank)
+        elif action == "close" and chosen.stage is Stage.DECODE:
+            chosen.stage = Stage.DELIVER
+            ledger.close_decode(chosen)
+        elif action == "leave":
+            ledger.leave(chosen)
+            held = [each for each in held if each is not chosen]
+        for on in range(3):
+            expected = sum(
+                each.state_bytes + each.decode_bytes * (each.stage is Stage.DECODE and each.decode_rank == on)
+                for each in held
+            )
+            assert ledger.held(on) == expected <= budget
+        largest = max((each.decode_bytes for each in held), default=0)
+        assert sum(each.state_bytes for each in held) + largest <= budget, "no decode could go on"
+
+
+# ---- in the scheduler --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("growth", [1.0, 0.1])
+def test_nothing_waits_for_itself_when_it_is_tight(num_ranks, growth):
+    """Room for one request of the largest kind and not a byte more."""
+    mesh = Simulation(num_ranks=num_ranks, budget=bytes_of("decode", 33), cost=KnownCost(growth=growth))
+    mesh.join(credits=2)
+    for number in range(12):
+        mesh.submit(f"r{number}", frames=[1, 9, 33][number % 3], steps=6, key=f"key {number % 2}")
+    mesh.run()
+    assert {type(end) for end in mesh.ends.values()} == {Completed}
+    assert len(mesh.ends) == 12
+
+
+def test_with_a_budget_decodes_share_a_rank():
+    mesh = Simulation(num_ranks=1, budget=HUGE, cost=KnownCost(growth=0.1))
+    mesh.join()
+    mesh.submit("a", "b", steps=1, frames=33)
+    mesh.submit("c", steps=1, frames=257, key="other")
+    most = 0
+    while mesh.due:
+        most = max(most, sum(mesh.open(request_id) for request_id in mesh.states))
+        mesh.next_report()
+    assert most >= 2
+    assert mesh.items_of(Decode)
+
+
+def test_what_was_queued_before_the_budget_was_known_is_checked_when_it_is():
+    mesh = Simulation(ready=False, budget=bytes_of("decode", 9))
+    mesh.join()
+    mesh.submit("large", frames=257)
+    mesh.submit("small", frames=9)
+    mesh.regroup()
+    mesh.run()
+    assert mesh.ends["large"].code == "out_of_memory"
+    assert isinstance(mesh.ends["small"], Completed)
+
+
+def test_the_real_size_of_wan_at_480p_is_gigabytes():
+    """The budget is about what a machine has: 81 frames of 832x480 with the 1.3B model's VAE."""
+    card = replace(card_for(_configs()), vae_base_dim=96)
+    params = CARD.check(SamplingParams(prompt="a cat", height=480, width=832, num_frames=81))
+    assert 1 << 30 < card.state_bytes(params, "decode") < 16 << 30
+
+
+def _configs():
+    from fake_mesh import demo_model
+
+    return demo_model().configs
