@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from runtime.request import RequestRecord
 
-AGEING = 0.2
+AGEING = 0.05
 """Seconds of predicted work that each second of waiting forgives: a request of R seconds waits at most about R / AGEING
 for a stream of shorter ones."""
 URGENT_S = 1.0

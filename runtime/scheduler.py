@@ -301,14 +301,11 @@ class Scheduler:
         budget = batch_budget(self.cost, self.limits, params, self.layout)
         batch = [first]
         if budget > 1:
-            active = [r for r in self._in_turn(waiting) if r.stage is Stage.DENOISE and r is not first]
-            fitting = [r for r in active if self.card.batch_key(r.request.params, r.step) == key]
+            keys = self._sharing(first, key, waiting)
+            shared = [r for k in keys for r in waiting[k] if r is not first and self._fits(r, key)]
+            batch += [r for r in shared if r.stage is Stage.DENOISE][: budget - 1]
             lines = self._joinable.get(key, {})
-            ceiling = self._ceiling(first.key, waiting, {first.key, *lines, *(r.key for r in fitting)})
-            batch += [r for r in fitting if self._fair.clocks[r.key] <= ceiling][: budget - 1]
-            keys = sorted(
-                (k for k in lines if self._fair.clocks[k] <= ceiling), key=lambda k: (self._fair.clocks[k], k)
-            )
+            keys = [k for k in keys if k in lines]
             joining = next((r for k in keys for r in lines[k]), None) if admitting and len(batch) < budget else None
             if joining is not None and self._has_room(joining):
                 return self._encode(chain.from_iterable(lines[k] for k in keys), budget - len(batch), now)
@@ -318,13 +315,20 @@ class Scheduler:
             record.running = True
         return Denoise(self._next_seq(), self._all_ranks(), self.layout, tuple(r.id for r in batch), steps)
 
-    def _ceiling(self, first: str, waiting: Waiting, joining: set[str]) -> float:
-        """How far ahead a key may be to share another's batch: one item more than a key that waits for this batch to
-        end. Without it, a busy key would ride along with one that is always behind."""
+    def _fits(self, record: RequestRecord, key: Hashable) -> bool:
+        if record.stage is Stage.DENOISE:
+            return self.card.batch_key(record.request.params, record.step) == key
+        return record.stage is Stage.QUEUED and record.batch_key == key
+
+    def _sharing(self, first: RequestRecord, key: Hashable, waiting: Waiting) -> list[str]:
+        """Keys that may share the first one's batch: those whose own first could, or they would be served past it, and
+        that are at most an item further ahead than a key that cannot and has to wait for the batch."""
         clocks = self._fair.clocks
-        kept_waiting = min((clocks[key] for key in waiting if key not in joining), default=math.inf)
+        can = [k for k in waiting if k == first.key or self._fits(waiting[k][0], key)]
+        kept_waiting = min((clocks[k] for k in waiting.keys() - set(can)), default=math.inf)
         # Whoever is behind the first has no room yet; it gains if all share while it waits.
-        return max(kept_waiting, clocks[first]) + self.item_seconds * self.layout.num_ranks
+        ceiling = max(kept_waiting, clocks[first.key]) + self.item_seconds * self.layout.num_ranks
+        return sorted((k for k in can if clocks[k] <= ceiling), key=lambda k: (clocks[k], k))
 
     def _encode(self, candidates: Iterable[RequestRecord], most: int, now: float) -> Encode:
         """From the line into the ranks' memory, as many as find room and an item lasts; the first of them does."""
@@ -520,12 +524,24 @@ class Scheduler:
         position, eta = self.outlook(record)
         self._news.append((record.gateway, Progress(record.id, str(record.stage), done, total, eta, position)))
 
+    def _stretch(self, record: RequestRecord, wanted: int, budget: int) -> float:
+        """How many times longer a step takes when so many want to share it than alone."""
+        params = record.request.params
+        batch = min(wanted, budget)
+        alone = self.cost.predict("denoise", params, self.layout)
+        return self.cost.predict("denoise", params, self.layout, batch) / alone * wanted / batch
+
     def outlook(self, record: RequestRecord) -> tuple[int, float]:
         """(place in its key's line, predicted seconds until its last frame if nothing else arrives)."""
         mine = order(record, self.policy)
         queued = record.stage is Stage.QUEUED
-        rivals = (r for r in self._active.values() if r is not record and (queued or order(r, self.policy) < mine))
-        eta = record.remaining_s + sum(r.remaining_s for r in rivals)
+        others = [r for r in self._active.values() if r is not record]
+        # Whoever shares its forwards makes them slower, but does not run before it.
+        budget = batch_budget(self.cost, self.limits, record.request.params, self.layout)
+        alike = (r for r in others if r.batch_key == record.batch_key and r.stage in {Stage.ENCODE, Stage.DENOISE})
+        mates = {r.id for r in alike} if budget > 1 else set()
+        rivals = (r for r in others if r.id not in mates and (queued or order(r, self.policy) < mine))
+        eta = record.remaining_s * self._stretch(record, 1 + len(mates), budget) + sum(r.remaining_s for r in rivals)
         if not queued:
             return 0, eta
         position, before_s = self._lines[record.key].ahead_of(record)

@@ -13,7 +13,7 @@ import pytest
 
 from runtime.errors import InvalidInput
 from runtime.models.card import card_for, read_configs
-from runtime.models.wan import WanCard
+from runtime.models.wan import FOLDED_TEXT, WanCard
 from runtime.sampling import SamplingParams
 
 DEMO = Path(__file__).parent.parent / "workers" / "demo" / "model"
@@ -189,7 +189,7 @@ def test_step_flops_by_hand(card, guidance, branches):
     """Every matrix product of a small config, written down: (rows, inner, columns)."""
     small = replace(card, heads=2, head_dim=8, layers=3, ffn_dim=40)
     params = small.check(ask(height=32, width=32, num_frames=5, guidance_scale=guidance))
-    tokens, width, text = 8, 16, 512
+    tokens, width, text = 8, 16, FOLDED_TEXT
     products = [
         *[(tokens, width, width)] * 4,  # self-attention: q k v out
         (tokens, width, tokens),  # scores, both heads
@@ -219,6 +219,7 @@ NASTY = [
     "two\n\nlines  and\u3000wide\u00a0spaces\x85",
     "&lt;b&gt;bold&lt;/b&gt; &amp; &quot;quoted&quot;",
     "&amp;lt;twice&amp;gt; &amp;amp;amp; thrice",
+    "<i> keeps ftfy from unescaping: &amp;lt;twice&amp;gt; &amp;amp;amp; thrice",
     "&nbsp;&#8203;&#x1F600;&bogus;&copy",
     "schÃ¶n, dÃ©jÃ  vu, â€œquotesâ€\x9d",
     "l’humanitÃ©… ﬁ ligature ｆｕｌｌ width",

@@ -98,6 +98,8 @@ def test_what_was_measured_is_preferred_and_smoothed():
 def test_a_measured_step_grows_with_the_batch_as_the_line_does():
     cost = CostModel(CARD)
     cost.observe("denoise", params(), LAYOUT, 1, 0.4)
+    cost.observe("denoise", params(256), LAYOUT, 1, 0.5)
+    cost.observe("denoise", params(128), LAYOUT, 1, 0.1)
     growth = cost.fitted("denoise", params(), LAYOUT, 3) / cost.fitted("denoise", params(), LAYOUT, 1)
     assert cost.predict("denoise", params(), LAYOUT, 3) == pytest.approx(0.4 * growth)
     cost.observe("denoise", params(), LAYOUT, 2, 1.0, 3)

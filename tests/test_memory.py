@@ -87,6 +87,16 @@ def test_an_open_decode_counts_against_newcomers():
     assert ledger.admits(c)
 
 
+def test_room_for_the_largest_decode_is_kept_free():
+    ledger = MemoryLedger(CARD)
+    large, small = record(ledger, "large", height=256, width=256), record(ledger, "small")
+    ledger.enter(large)
+    ledger.budget = large.state_bytes + large.decode_bytes + small.state_bytes
+    assert ledger.admits(small)
+    ledger.budget -= 1
+    assert not ledger.admits(small)
+
+
 def test_without_a_budget_one_decode_is_open_per_rank():
     ledger = MemoryLedger(CARD)
     a, b = record(ledger, "a"), record(ledger, "b")

@@ -158,10 +158,11 @@ def test_the_first_chunk_goes_alone(mesh):
 
 
 def test_what_arrives_together_is_encoded_together():
-    mesh = Simulation(cost=KnownCost(SECONDS | {"encode": 0.02}))
+    mesh = Simulation(cost=KnownCost(SECONDS | {"encode": 0.02}), ready=False)
     mesh.join()
     mesh.submit("a", "b", "c")
     mesh.submit("d")
+    mesh.regroup()
     assert ids_of(mesh.items[0]) == ("a", "b", "c")
     mesh.run()
     assert [ids_of(item) for item in mesh.items_of(Encode)] == [("a", "b", "c"), ("d",)]
@@ -211,6 +212,23 @@ def test_decodes_use_different_ranks_one_each(num_ranks):
     assert most == num_ranks
     assert {type(end) for end in mesh.ends.values()} == {Completed}
     assert len(mesh.ends) == 4
+
+
+def test_all_free_ranks_get_their_decodes_at_once():
+    mesh = Simulation(num_ranks=3, cost=KnownCost(growth=0.1))
+    mesh.join()
+    mesh.submit("a", "b", "c", steps=1, frames=33)
+    mesh.finish(mesh.run_to(Denoise))
+    assert sorted(item.ranks for item in mesh.running.values()) == [(0,), (1,), (2,)]
+
+
+def test_a_key_pays_for_every_rank_of_its_items():
+    mesh = Simulation(num_ranks=2)
+    mesh.join()
+    mesh.submit("a", steps=5, frames=1, key="a")
+    mesh.run()
+    expected = 2 * (SECONDS["encode"] + 5 * SECONDS["denoise"]) + SECONDS["decode"]
+    assert mesh.scheduler._fair.clocks["a"] == pytest.approx(expected)
 
 
 def test_a_rank_waits_for_the_others_of_its_last_item(mesh):
@@ -268,7 +286,7 @@ def test_requests_join_and_leave_a_batch_at_step_boundaries():
 
 def test_a_batch_is_as_large_as_it_pays_and_as_the_operator_allows():
     for growth, max_batch, expected in [(1.0, 4, 1), (0.95, 4, 2), (0.1, 4, 4), (0.1, 3, 3), (0.1, 1, 1)]:
-        mesh = Simulation(cost=KnownCost(growth=growth), max_batch=max_batch)
+        mesh = Simulation(cost=KnownCost(SECONDS | {"encode": 1e-4}, growth), max_batch=max_batch)
         mesh.join()
         mesh.submit(*"abcdef", steps=20)
         mesh.run()

@@ -86,9 +86,10 @@ class Executor:
         state = self.states[item.request_id]
         if state.decoder is None:
             state.decoder = self._family.decode(state)
+        decoder = state.decoder
         for _ in range(item.chunks):
             since = time.monotonic()
-            frames = next(state.decoder)
+            frames = next(decoder)
             state.spend("decode", since)
             count, height, width, _ = frames.shape
             header = FramesChunk(
@@ -102,4 +103,7 @@ class Executor:
                 state.timings,
             )
             state.frames_sent += count
+            if state.frames_sent == state.params.num_frames:
+                # The VAE's cache is most of what a request holds, and nobody needs it any more.
+                state.decoder = None
             self._send_frames(item.endpoint, header, frames)
