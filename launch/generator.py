@@ -148,6 +148,11 @@ class Generator:
         self._loop.close()
 
     @property
+    def scheduler_endpoint(self) -> str:
+        """Where an observer can look at the mesh."""
+        return self._supervisor.scheduler_endpoint
+
+    @property
     def pids(self) -> dict[str, int]:
         return self._supervisor.pids
 
