@@ -98,6 +98,12 @@ def test_the_judge_reads_other_sizes(motion: str, size: dict[str, int]):
     assert found(scene, **size) == asked(scene)
 
 
+def test_one_frame_shows_no_motion_and_so_none_is_wrong():
+    verdict = judge(drawn(SCENE, frames=1))
+    assert (verdict.shape, verdict.motion) == ("star", "unseen")
+    assert evaluate.Judged("", SCENE, verdict).all_right
+
+
 def test_the_judge_sees_a_wrong_colour_shape_background_and_motion():
     wrong = {"shape": "square", "colour": "white", "background": "black", "motion": "left"}
     for attribute, value in wrong.items():
@@ -141,7 +147,6 @@ def test_a_table_has_a_row_per_kind_of_clip():
 
 
 TINY = train.Recipe(
-    pieces=120,
     text={"d_model": 32, "d_kv": 16, "d_ff": 32, "num_layers": 1},
     vae={"base_dim": 4, "z_dim": 4, "dim_mult": [1, 1, 1]},
     transformer={"num_attention_heads": 2, "attention_head_dim": 16, "num_layers": 2, "ffn_dim": 32},
