@@ -1158,10 +1158,14 @@ ARRIVALS = st.lists(
 
 
 @settings(max_examples=80, deadline=None, derandomize=True)
-@given(arrivals=ARRIVALS, num_ranks=st.integers(1, 3), growth=st.sampled_from([1.0, 0.9, 0.1]))
-def test_no_key_that_waits_lags_by_more_than_its_turns_items(arrivals, num_ranks, growth):
-    """Clocks of keys that could run: the item of the one ahead, and what a batch may add beside the one behind."""
-    mesh = Simulation(num_ranks=num_ranks, cost=KnownCost(growth=growth), budget=1 << 50)
+@given(arrivals=ARRIVALS, num_ranks=st.integers(1, 3))
+def test_no_key_that_waits_lags_by_more_than_its_turns_items(arrivals, num_ranks):
+    """Clocks of keys that could run, where no batch pays: an item of the one ahead and one of the one behind.
+
+    Where batches pay, a key with many members in a shared one runs ahead of a key with few for as long as both share;
+    the one behind loses nothing by it and goes first afterwards, so no such bound holds there.
+    """
+    mesh = Simulation(num_ranks=num_ranks, cost=KnownCost(growth=1.0), budget=1 << 50)
     mesh.join(credits=1000)
     bound = 3 * ITEM_SECONDS * num_ranks
     for number, (pause, key, steps, frames) in enumerate(arrivals):
