@@ -20,12 +20,12 @@ class Predictions:
 
     def seconds(self, item: Encode | Denoise | Decode, params: ResolvedParams) -> float:
         """Of an item whose requests have this shape."""
-        kind, units, batch = _size(item)
+        kind, units, batch = item_size(item)
         return units * self.cost.predict(kind, params, self.layout, batch)
 
     def observe(self, item: Encode | Denoise | Decode, params: ResolvedParams, seconds: float) -> None:
         """Learn from an item that is over."""
-        kind, units, batch = _size(item)
+        kind, units, batch = item_size(item)
         self.cost.observe(kind, params, self.layout, units, seconds, batch)
 
     def remaining(self, record: RequestRecord) -> float:
@@ -38,7 +38,7 @@ class Predictions:
         return sum(n * self.cost.predict(kind, record.request.params, self.layout) for kind, n in units.items())
 
 
-def _size(item: Encode | Denoise | Decode) -> tuple[str, int, int]:
+def item_size(item: Encode | Denoise | Decode) -> tuple[str, int, int]:
     """(kind, units, requests that share each unit)."""
     match item:
         case Encode():

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from runtime.fairness import order
+from runtime.predictions import item_size
 from runtime.protocol import (
     Decode,
     Denoise,
@@ -47,7 +48,7 @@ class StepTimes:
     def note(self, running: Running | None, seconds: float) -> None:
         """A rank took so long for its part of a running item; the slowest rank counts."""
         if running is not None:
-            kind, batch, units = _size(running.item)
+            kind, units, batch = item_size(running.item)
             seconds = max(running.seconds, seconds)
             self._latest[kind] = StepTime(kind, batch, units, seconds / units, running.predicted_s / units)
 
@@ -125,7 +126,7 @@ def _rank(
 def _doing(rank: int, running: Running) -> str:
     if rank not in running.waiting:
         return f"waits for rank {', '.join(map(str, sorted(running.waiting)))}"
-    kind, batch, units = _size(running.item)
+    kind, units, batch = item_size(running.item)
     match running.item:
         case Encode():
             return f"{kind} x{units}"
@@ -160,17 +161,6 @@ def _job(scheduler: Scheduler, record: RequestRecord, now: float) -> JobStatus:
         record.request.priority,
         record.cancel_reason is not None,
     )
-
-
-def _size(item: Encode | Denoise | Decode) -> tuple[str, int, int]:
-    """(kind, requests that share a forward, units of the cost model)."""
-    match item:
-        case Encode():
-            return "encode", 1, len(item.requests)
-        case Denoise():
-            return "denoise", len(item.request_ids), item.steps
-        case Decode():
-            return "decode", 1, item.chunks
 
 
 def _ids(item: Encode | Denoise | Decode) -> tuple[str, ...]:
