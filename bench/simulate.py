@@ -39,7 +39,6 @@ from runtime.protocol import (
     Encode,
     Failed,
     Progress,
-    Release,
     Request,
     WorkItem,
 )
@@ -465,7 +464,7 @@ class Simulation:
         items = replica.policy.plan(now)
         self.outcome.plan_s.append(time.perf_counter() - started)
         for item in items:
-            if not isinstance(item, Release):
+            if isinstance(item, Encode | Denoise | Decode):
                 self._start(index, item, now)
         for _, news in replica.policy.take_news():
             if not isinstance(news, Progress):

@@ -98,6 +98,16 @@ class Config:
     max_prompt_chars: int = 20_000
     """Longest prompt that is tokenized at all."""
 
+    checkpoint_every_steps: int = 10
+    """Denoising steps between two checkpoints of a request; 0 writes none, so that after a crash it starts again."""
+    spool_dir: str | None = None
+    """Folder of the checkpoints; unset: `spool` in the output folder."""
+    checkpoint_max_bytes: int = 16 << 30
+    """Most bytes that all checkpoints may take; beyond it none is written, loudly."""
+    drain_timeout: float = 30.0
+    """Seconds that running requests get to end when the server is told to stop; then they are checkpointed."""
+    crash_limit: int = 3
+    """The mesh stops with the last error when its workers, its scheduler or its gateway died so often in 5 minutes."""
     start_timeout: int = 1800
     """Seconds that the workers may take to load the model."""
     log_level: LogLevel = "info"
@@ -113,6 +123,10 @@ class Config:
             ulysses_degree=self.ulysses_degree,
             ring_degree=self.ring_degree,
         )
+
+    @property
+    def spool(self) -> Path:
+        return Path(self.spool_dir) if self.spool_dir is not None else Path(self.output_path) / "spool"
 
     @property
     def model_name(self) -> str:
@@ -132,9 +146,12 @@ def check_config(config: Config) -> None:
         raise InvalidInput("port", f"{config.port} is not a port; take 0 (any free one) to 65535")
     if not config.vae_config.load_decoder:
         raise InvalidInput("vae_config.load_decoder", "must be true: without the decoder there are no frames")
-    for name in ("batching_max_size", "max_active"):
+    for name in ("batching_max_size", "max_active", "crash_limit"):
         if getattr(config, name) < 1:
             raise InvalidInput(name, f"{getattr(config, name)} is too few; take 1 or more")
+    for name in ("checkpoint_every_steps", "checkpoint_max_bytes", "drain_timeout"):
+        if getattr(config, name) < 0:
+            raise InvalidInput(name, f"{getattr(config, name)} is negative; take 0 or more")
     if config.batching_delay_ms < 0:
         raise InvalidInput("batching_delay_ms", f"{config.batching_delay_ms} is negative; it is a time in ms")
     for name in ("tile_sample_min_height", "tile_sample_min_width"):

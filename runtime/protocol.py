@@ -1,11 +1,11 @@
 """Every message on every socket, one union per direction. Small Structs only; tensors never travel here.
 
     gateway    -> scheduler   GatewayHello Submit Cancel Stored Grant
-    worker     -> scheduler   WorkerHello Ready Heartbeat Done ItemFailed
+    worker     -> scheduler   WorkerHello Ready Heartbeat Done ItemFailed Checkpointed CheckpointFailed
     supervisor -> scheduler   SupervisorHello Drain
-    observer   -> scheduler   Observe Cancel
+    observer   -> scheduler   Observe Cancel Drain
     scheduler  -> gateway     Welcome MeshState Progress Completed Failed Cancelled
-    scheduler  -> worker      Welcome Encode Denoise Decode Release Shutdown
+    scheduler  -> worker      Welcome Encode Denoise Decode Checkpoint Release Shutdown
     scheduler  -> supervisor  Welcome MeshState Fence
     scheduler  -> observer    Welcome Status
     worker     -> gateway     FramesChunk (+ a payload of raw pixels)
@@ -23,7 +23,7 @@ import msgspec
 from runtime.layout import Layout
 from runtime.sampling import ResolvedParams
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -70,6 +70,7 @@ class Request(msgspec.Struct, frozen=True):
     """Per encoder and prompt ("prompt", "negative_prompt"): unpadded ids; an encoder that is missing is tokenized
     on the worker."""
     attempt: int = 0
+    """How often it was started; frames of an older attempt are dropped."""
     key: str = ""
     """Whom the work is charged to: a name for the API key, never the key itself."""
     priority: int = 0
@@ -144,6 +145,10 @@ class MeshState(Message, frozen=True):
     model: ModelInfo | None = None
     losses: int = 0
     """How often the worker group was lost so far."""
+    draining: bool = False
+    """Takes no new work and ends when what runs has ended."""
+    gave_up: bool = False
+    """The worker group was lost too often in a short time; `reason` is the last loss."""
 
 
 class Welcome(Message, frozen=True):
@@ -189,14 +194,27 @@ class Heartbeat(Message, frozen=True):
     rank: int
     generation: int
     busy_seq: int
+    host: str = ""
+    pid: int = 0
+
+
+class SavedState(msgspec.Struct, frozen=True):
+    """A checkpoint in the spool: everything that the step after `step` reads, embeddings left out."""
+
+    step: int
+    """Denoising steps that it holds."""
+    path: str
+    bytes: int
 
 
 class Encode(Message, frozen=True):
-    """Tokens to embeddings to initial latents, for what was submitted together."""
+    """Tokens to embeddings to initial latents, or to the latents of a checkpoint."""
 
     seq: int
     ranks: tuple[int, ...]
     requests: tuple[Request, ...]
+    resume: dict[str, SavedState] = {}
+    """By request; those that are not in it start at step 0."""
 
 
 class Denoise(Message, frozen=True):
@@ -210,24 +228,38 @@ class Denoise(Message, frozen=True):
 
 
 class Decode(Message, frozen=True):
-    """The next `chunks` chunks of a request's frames, sent to `endpoint` as they are made."""
+    """The next `chunks` chunks of a request's frames, sent to `endpoint` as they are made.
+
+    `first_chunk` 0 begins the decode anew, whatever was decoded before.
+    """
 
     seq: int
     ranks: tuple[int, ...]
     request_id: str
     chunks: int
     endpoint: str
+    first_chunk: int = 0
+    attempt: int = 0
+    """Goes into the header of every chunk."""
 
 
-class Release(Message, frozen=True):
-    """Forget these requests."""
+class Checkpoint(Message, frozen=True):
+    """Write these requests' states to the spool as they are now; a thread does it and nobody waits."""
 
     seq: int
     ranks: tuple[int, ...]
     request_ids: tuple[str, ...]
 
 
-WorkItem = Encode | Denoise | Decode | Release
+class Release(Message, frozen=True):
+    """Forget these requests, and remove their checkpoints."""
+
+    seq: int
+    ranks: tuple[int, ...]
+    request_ids: tuple[str, ...]
+
+
+WorkItem = Encode | Denoise | Decode | Checkpoint | Release
 
 
 class Done(Message, frozen=True):
@@ -249,6 +281,23 @@ class ItemFailed(Message, frozen=True):
     group_broken: bool
 
 
+class Checkpointed(Message, frozen=True):
+    """A request's state is durable."""
+
+    rank: int
+    request_id: str
+    saved: SavedState
+
+
+class CheckpointFailed(Message, frozen=True):
+    """A request's state could not be written; an older checkpoint of it, if there is one, still holds."""
+
+    rank: int
+    request_id: str
+    step: int
+    reason: str
+
+
 class Shutdown(Message, frozen=True):
     """Leave with exit code 0."""
 
@@ -258,7 +307,13 @@ class SupervisorHello(Message, frozen=True):
 
 
 class Drain(Message, frozen=True):
-    """Take no new work; send Shutdown to the ranks when nothing runs any more."""
+    """Take no new work; when nothing runs any more send Shutdown to the ranks and leave.
+
+    What still runs after `timeout_s` is written to the spool, so that the next start goes on from there.
+    """
+
+    timeout_s: float | None = None
+    """None waits for ever."""
 
 
 class Fence(Message, frozen=True):
@@ -370,9 +425,9 @@ class Status(Message, frozen=True):
 
 
 FromGateway = GatewayHello | Submit | Cancel | Stored | Grant
-FromWorker = WorkerHello | Ready | Heartbeat | Done | ItemFailed
+FromWorker = WorkerHello | Ready | Heartbeat | Done | ItemFailed | Checkpointed | CheckpointFailed
 FromSupervisor = SupervisorHello | Drain
-FromObserver = Observe | Cancel
+FromObserver = Observe | Cancel | Drain
 ToScheduler = FromGateway | FromWorker | FromSupervisor | FromObserver
 
 ToGateway = Welcome | MeshState | Progress | Completed | Failed | Cancelled

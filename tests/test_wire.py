@@ -502,7 +502,7 @@ def test_the_async_channel_keeps_the_same_promises(endpoint, tmp_path_factory):
                 await server.send(Welcome(9), to=b"nobody")
             for garbage in GARBAGE.values():
                 stranger.send_multipart(garbage)
-            stranger.send_multipart([envelope(2), body()])
+            stranger.send_multipart([envelope(PROTOCOL_VERSION + 1), body()])
             stranger.send_multipart([envelope(), body(Grant(3))])
             assert (await server.receive()).message == Grant(3)
             assert (server._codec.dropped.malformed, server._codec.dropped.wrong_version) == (len(GARBAGE), 1)
