@@ -162,7 +162,7 @@ class Policy(Protocol):
     def group_ready(self) -> None: ...
     def submit(self, gateway: bytes, requests: tuple[Request, ...], now: float) -> None: ...
     def granted(self, gateway: bytes, credits: int) -> None: ...
-    def stored(self, request_id: str, now: float) -> None: ...
+    def stored(self, gateway: bytes, request_id: str, now: float) -> None: ...
     def completed(self, rank: int, seq: int, seconds: float, now: float) -> None: ...
     def plan(self, now: float) -> list[WorkItem]: ...
     def take_news(self) -> list[News]: ...
@@ -202,7 +202,7 @@ class StaticBatch:
     def submit(self, gateway: bytes, requests: tuple[Request, ...], now: float) -> None:
         self._queue.extend((now, request) for request in requests)
 
-    def stored(self, request_id: str, now: float) -> None:
+    def stored(self, gateway: bytes, request_id: str, now: float) -> None:
         self._batch = [request for request in self._batch if request.id != request_id]
         self._news.append((GATEWAY, Completed(request_id, {})))
 
@@ -386,7 +386,7 @@ class _Replica:
         if isinstance(item, Decode) and item.request_id in self.requests:
             params = self.requests[item.request_id]
             if self.chunks[item.request_id] == len(self.truth.card.decode_chunks(params)):
-                self.policy.stored(item.request_id, now)
+                self.policy.stored(GATEWAY, item.request_id, now)
 
 
 Event = tuple[float, int, int, Arrival | WorkItem | None]

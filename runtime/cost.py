@@ -90,6 +90,10 @@ class CostModel:
         # A shape whose single step is known: only how it grows with the batch has to be guessed.
         return seconds if alone is None else alone * seconds / self.fitted(kind, params, layout, 1)
 
+    def measured(self, kind: str, params: ResolvedParams, layout: Layout, batch: int = 1) -> bool:
+        """Whether this very unit was seen before."""
+        return self._key(kind, params, layout, batch) in self.constants.measured
+
     def fitted(self, kind: str, params: ResolvedParams, layout: Layout, batch: int) -> float:
         """The same by the line alone, whatever was measured for this very shape."""
         return self.constants.lines[kind].at(batch * self._work(kind, params, layout))

@@ -23,6 +23,11 @@ class Predictions:
         kind, units, batch = item_size(item)
         return units * self.cost.predict(kind, params, self.layout, batch)
 
+    def measured(self, item: Encode | Denoise | Decode, params: ResolvedParams) -> bool:
+        """Whether such an item was seen before."""
+        kind, _, batch = item_size(item)
+        return self.cost.measured(kind, params, self.layout, batch)
+
     def observe(self, item: Encode | Denoise | Decode, params: ResolvedParams, seconds: float) -> None:
         """Learn from an item that is over."""
         kind, units, batch = item_size(item)
