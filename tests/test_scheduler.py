@@ -946,6 +946,33 @@ def test_a_request_that_kills_its_workers_fails_alone_and_takes_nobody_with_it()
     assert not mesh.scheduler.losses.crash_loop(mesh.now), "the mesh is well"
 
 
+def test_nothing_starts_beside_the_decode_of_a_suspect():
+    mesh = Simulation()
+    mesh.join()
+    mesh.submit("suspect", steps=1, frames=33)
+    for _ in range(2):
+        mesh.run_to(Decode)
+        mesh.lose_group()
+        mesh.regroup()
+    mesh.submit("other", steps=1, frames=33, key="another")
+    mesh.run(until=lambda: any(ids_of(item) == ("suspect",) for item in mesh.items_of(Decode)[2:]))
+    assert [ids_of(item) for item in mesh.running.values()] == [("suspect",)]
+    mesh.run()
+    assert {type(end) for end in mesh.ends.values()} == {Completed}
+
+
+def test_a_request_that_is_cancelled_in_the_line_leaves_no_checkpoint():
+    mesh = Simulation(checkpoint_every=5)
+    mesh.join()
+    mesh.submit("a", steps=50)
+    mesh.run(until=lambda: "a" in mesh.files)
+    mesh.lose_group()
+    mesh.cancel("a")
+    assert isinstance(mesh.ends["a"], Cancelled)
+    mesh.regroup()
+    assert mesh.files == {}
+
+
 def test_losses_that_nobody_explains_are_a_crash_loop():
     mesh = Simulation()
     for _ in range(3):
