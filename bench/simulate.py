@@ -137,7 +137,7 @@ class Truth:
         unit = self.costs.units.get(unit_key(kind, params, self.layout.num_ranks, batch, first))
         if unit is None:
             self.computed += 1
-            unit = Unit(self._model.predict(kind, params, self.layout, batch))
+            unit = Unit(self._model.predict("first_decode" if first else kind, params, self.layout, batch))
         else:
             self.looked_up += 1
         return units * unit.seconds * self._jitter(unit.cv if self.cv is None else self.cv)
@@ -497,7 +497,8 @@ class Simulation:
             units = {
                 "encode": 1,
                 "denoise": params.num_inference_steps,
-                "decode": len(self._truth.card.decode_chunks(params)),
+                "first_decode": 1,
+                "decode": len(self._truth.card.decode_chunks(params)) - 1,
             }
             self._work_cache[arrival.group] = sum(
                 count * self._judge.predict(kind, params, self._layout) for kind, count in units.items()

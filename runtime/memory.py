@@ -58,6 +58,7 @@ class MemoryLedger:
         levers = {
             "encode": "a text encoder in bf16 (--text-encoder-precisions bf16) needs half",
             "denoise": "more ranks share its activations (--ulysses-degree)",
+            "first_decode": "--vae-tiling decodes tile by tile",
             "decode": "--vae-tiling decodes tile by tile",
         }
         params = record.request.params

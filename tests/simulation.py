@@ -26,7 +26,7 @@ from runtime.sampling import SamplingParams
 from runtime.scheduler import MAX_ACTIVE, Scheduler
 
 CARD = card_for(demo_model().configs)
-SECONDS = {"encode": 0.05, "denoise": 0.02, "decode": 0.03}
+SECONDS = {"encode": 0.05, "denoise": 0.02, "first_decode": 0.03, "decode": 0.03}
 """True and, by default, predicted time of one unit: 5 steps or 3 chunks make an item."""
 
 
