@@ -54,7 +54,8 @@ class StepTimes:
 
     @property
     def latest(self) -> tuple[StepTime, ...]:
-        return tuple(self._latest[kind] for kind in ("encode", "denoise", "first_decode", "decode") if kind in self._latest)
+        kinds = ("encode", "denoise", "first_decode", "decode")
+        return tuple(self._latest[kind] for kind in kinds if kind in self._latest)
 
 
 def take_status(
