@@ -15,6 +15,7 @@ from collections import deque
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import BinaryIO
 
 from runtime.errors import NotCheckpointable, PeerGone
 from runtime.log import get_logger
@@ -59,25 +60,23 @@ class SpoolFolder:
             SpoolFull: it would exceed `max_bytes`.
         """
         if not self._made:
-            self._path.mkdir(parents=True, exist_ok=True)
+            self._path.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._made = True
         used = self.used_bytes()
         if used + len(data) > self._max_bytes:
             raise SpoolFull(f"the spool is full: {used} bytes and {len(data)} more, of {self._max_bytes}")
         final = self._path / f"{digest(request_id)}-{step}{FINAL}"
-        temporary = self._path / f"{final.name}.{secrets.token_hex(4)}{TEMPORARY}"
-        try:
-            with open(temporary, "xb") as file:
-                # Tells the sweep of another process that somebody is still writing here.
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with self._open_temporary(final) as file:
+            temporary = Path(file.name)
+            try:
                 file.write(data)
                 file.flush()
                 os.fsync(file.fileno())
                 os.replace(temporary, final)
-        except OSError:
-            with contextlib.suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            raise
+            except OSError:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
+                raise
         self._sync()
         return final
 
@@ -96,6 +95,18 @@ class SpoolFolder:
                 except BlockingIOError:
                     continue
                 temporary.unlink(missing_ok=True)
+
+    def _open_temporary(self, final: Path) -> BinaryIO:
+        """A new file, locked so that a sweep can tell it from one whose writer is dead."""
+        while True:
+            file = open(self._path / f"{final.name}.{secrets.token_hex(4)}{TEMPORARY}", "xb")  # noqa: SIM115
+            with contextlib.suppress(OSError):
+                # Some network file systems have no locks; nobody can sweep there either.
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if Path(file.name).exists():
+                return file
+            # A sweep was faster than the lock.
+            file.close()
 
     def used_bytes(self) -> int:
         """Of every file, those of other ranks and of earlier lives too."""
