@@ -22,10 +22,12 @@ import structlog
 from fake_mesh import EPOCH, MODEL_FOLDER, demo_model, moving_frames
 from served import BODY, eventually, names, parse_events
 
-from framemesh import RequestFailed, SamplingParams
+from framemesh import Generator, RequestFailed, SamplingParams
 from gateway import mesh as mesh_module
 from gateway.jobs import runner as runner_module
+from gateway.media.mp4 import FragmentWriter, read_frames
 from gateway.mesh import FRAME_CREDITS, Frames, Mesh
+from launch.observe import Observer, observe_mesh
 from launch.process import child_environment
 from runtime.config import Config, save_frozen
 from runtime.errors import NotReady
@@ -511,3 +513,143 @@ def test_a_gateway_killed_between_the_file_and_its_row_runs_nothing_again(gatewa
     assert second.content(video_id) == expected
     assert [path.name for path in second.videos.iterdir()] == [f"{video_id}.mp4"]
     assert len(fake.submitted) == 1
+
+
+# ---- the whole server, real signals ------------------------------------------------------------------------------
+
+LONG, SEED = 120, 5
+"""Denoising steps that leave time to break something; and one seed, so that every result can be compared."""
+
+
+@pytest.fixture(scope="module")
+def undisturbed():
+    """The frames of `LONG` steps as a mesh makes them that nobody disturbs."""
+    with Generator.from_pretrained("demo", num_gpus=1) as generator:
+        return generator.generate(BODY["prompt"], seed=SEED, num_inference_steps=LONG).frames
+
+
+@pytest.fixture(scope="module")
+def recorded(undisturbed, tmp_path_factory):
+    """The same after H.264."""
+    path = tmp_path_factory.mktemp("recorded") / "video.mp4"
+    with FragmentWriter(path, 64, 64, 8, {}) as writer:
+        for first, count in ((0, 1), *((first, 4) for first in range(1, 17, 4))):
+            writer.write(undisturbed[first : first + count])
+    return read_frames(path)
+
+
+def assert_ends_as_if_undisturbed(server, video_id, recorded):
+    video = server.result(video_id)
+    assert video["status"] == "completed", video
+    assert np.array_equal(server.frames(video_id), recorded)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize("role", ["scheduler", "workers", "gateway"])
+def test_a_process_that_dies_or_hangs_is_replaced_and_the_job_completes(serve, recorded, role, number):
+    server = serve().wait_ready()
+    video_id = server.create(seed=SEED, num_inference_steps=LONG)
+    server.until(video_id, "step", step=20)
+    victim = server.find(role)
+    victim.send_signal(number)
+    server.find_another(role, than=victim)
+    assert_ends_as_if_undisturbed(server, video_id, recorded)
+    assert f"the {role} process" in server.stderr
+    # The same address, a mesh that is found where it was, and no restart too many.
+    assert observe_mesh_of(server).about.url == server.url
+    again = server.create(seed=SEED, num_inference_steps=LONG)
+    assert_ends_as_if_undisturbed(server, again, recorded)
+    assert server.stderr.count("starting a process again") == 1
+    assert server.end(signal.SIGTERM) == 0
+
+
+def observe_mesh_of(server) -> Observer:
+    with observe_mesh(None) as (observer, status):
+        assert status.ready
+        assert observer.about.pid == server.process.pid
+        return observer
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_a_rank_that_dies_or_hangs_is_replaced_and_the_job_completes(serve, recorded, number):
+    server = serve().wait_ready()
+    video_id = server.create(seed=SEED, num_inference_steps=LONG)
+    server.until(video_id, "step", step=20)
+    victim = server.find("rank")
+    victim.send_signal(number)
+    server.find_another("rank", than=victim)
+    assert_ends_as_if_undisturbed(server, video_id, recorded)
+    assert server.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["scheduler", "gateway"])
+def test_a_process_killed_while_frames_arrive_is_replaced_and_the_job_completes(serve, recorded, role):
+    server = serve().wait_ready()
+    video_id = server.create(seed=SEED, num_inference_steps=LONG)
+    victim = server.find(role)
+    server.until(video_id, "frames", first=0)
+    victim.kill()
+    server.find_another(role, than=victim)
+    assert_ends_as_if_undisturbed(server, video_id, recorded)
+    assert server.end(signal.SIGTERM) == 0
+
+
+@pytest.mark.slow
+def test_a_process_that_keeps_dying_ends_the_server_with_the_last_error(serve, short_tmp):
+    server = serve("--crash-limit", "2").wait_ready()
+    for _ in range(2):
+        victim = server.find("gateway")
+        victim.kill()
+        if server.process.poll() is None and server.stderr.count("starting a process again") == 0:
+            server.find_another("gateway", than=victim)
+    assert server.end() == 1
+    last = server.stderr.splitlines()[-1]
+    assert last.startswith("error: the gateway process ended with exit code -9, 2 deaths in five minutes")
+    assert "Traceback" not in server.stderr
+    assert not list(short_tmp.glob("framemesh-*"))
+
+
+@pytest.mark.slow
+def test_a_worker_group_that_keeps_dying_ends_the_server_with_the_last_error(serve, short_tmp):
+    server = serve("--crash-limit", "2").wait_ready()
+    for _ in range(2):
+        victim = server.find("rank")
+        victim.kill()
+        with contextlib.suppress(psutil.NoSuchProcess):
+            eventually(lambda v=victim: server.process.poll() is not None or server.find("rank") not in {v, None}, 40)
+    assert server.end(patience_s=60) == 1
+    assert server.stderr.splitlines()[-1].startswith("error: ")
+    assert "Traceback" not in server.stderr
+    assert not list(short_tmp.glob("framemesh-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("role", ["scheduler", "workers"])
+def test_what_dies_before_the_mesh_was_ready_ends_the_start(serve, short_tmp, role):
+    server = serve()
+    eventually(lambda: server.find(role) is not None)
+    server.remember()
+    server.find(role).kill()
+    assert server.end() == 1
+    assert f"error: the {role} process ended with exit code -9" in server.stderr
+    assert "Traceback" not in server.stderr
+    assert not list(short_tmp.glob("framemesh-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_the_sdk_does_not_notice_a_scheduler_that_dies(undisturbed, number):
+    def break_it(event):
+        if isinstance(event, Progress) and event.step == 20 and not broken:
+            broken.append(os.kill(generator.pids["scheduler"], number))
+
+    with Generator.from_pretrained("demo", num_gpus=1) as generator:
+        before, broken = generator.pids, []
+        result = generator.generate(BODY["prompt"], seed=SEED, num_inference_steps=LONG, on_event=break_it)
+        assert broken
+        assert np.array_equal(result.frames, undisturbed)
+        assert generator.pids["scheduler"] != before["scheduler"]
+        assert generator.pids["workers"] == before["workers"]
