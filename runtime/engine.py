@@ -152,10 +152,11 @@ class Engine:
                 self._model = message.model or self._model
                 self._check_group(now)
             case Done():
-                if self._trace is not None:
+                running = self._scheduler.running.get(message.seq)
+                if self._trace is not None and running is not None:
                     self._trace(message)
                 seconds = message.finished - message.started
-                self._step_times.note(self._scheduler.running.get(message.seq), seconds)
+                self._step_times.note(running, seconds)
                 self._scheduler.completed(message.rank, message.seq, seconds, now)
             case ItemFailed() if message.group_broken:
                 self._group_lost(f"rank {message.rank}: {message.reason}", now, (message.seq, message.code))

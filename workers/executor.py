@@ -61,7 +61,7 @@ class Executor:
                 case Release():
                     for request_id in item.request_ids:
                         self.states.pop(request_id, None)
-                    if self.spool is not None:
+                    if self.spool is not None and not item.keep_saved:
                         self.spool.release(item.request_ids)
 
     def _encode(self, item: Encode) -> None:
