@@ -10,6 +10,7 @@ import sys
 import tempfile
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -235,6 +236,15 @@ def test_an_unknown_solver_is_reported_each_time_and_logged_once(stage, tmp_path
         assert "PNDMScheduler" in mesh.refused(state)
     assert capsys.readouterr().out.count("no checkpoints with PNDMScheduler") == 1
     assert not (tmp_path / "spool").exists()
+
+
+def test_a_written_snapshot_keeps_no_tensor(stage):
+    mesh = stage()
+    state = a_state()
+    latents = weakref.ref(state.latents)
+    mesh.saved(state)
+    del state
+    eventually(lambda: latents() is None)
 
 
 def test_closing_writes_what_is_in_line(stage, tmp_path):

@@ -213,15 +213,22 @@ class Spool(threading.Thread):
     def run(self) -> None:
         channel: WorkerChannel = Channel.connect(self._seat.scheduler, FromScheduler, self._seat.identity + b"/spool")
         self._tidy(self._folder.sweep)
-        while (job := self._next()) is not None:
-            match job:
-                case CheckpointFailed():
-                    self._tell(channel, job)
-                case Snapshot():
-                    self._write(channel, job)
-                case request_id:
-                    self._tidy(partial(self._folder.remove, request_id))
+        while self._work(channel):
+            pass
         channel.close(linger_s=1.0)
+
+    def _work(self, channel: WorkerChannel) -> bool:
+        """One job, and nothing of it is held on to; False at the end."""
+        match self._next():
+            case None:
+                return False
+            case CheckpointFailed() as failure:
+                self._tell(channel, failure)
+            case Snapshot() as snapshot:
+                self._write(channel, snapshot)
+            case request_id:
+                self._tidy(partial(self._folder.remove, request_id))
+        return True
 
     def _next(self) -> CheckpointFailed | str | Snapshot | None:
         """Bad news first, then what frees space; None at the end."""
