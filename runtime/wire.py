@@ -19,7 +19,7 @@ import secrets
 import struct
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, Protocol, Self, TypeVar
 from urllib.parse import urlsplit
@@ -148,6 +148,12 @@ def check_endpoint(endpoint: str) -> str:
     return endpoint
 
 
+class Complaints(Protocol):
+    """Where a codec says what it dropped."""
+
+    def tell(self, event: str, sender: bytes, **facts: object) -> None: ...
+
+
 class _Complaints:
     """Log lines about peers: the first of each at once, then one every few seconds with how many were held back.
 
@@ -171,7 +177,7 @@ class _Complaints:
         log.warning(event, sender=sender, held_back=held_back, **facts)
 
 
-class _Codec(Generic[Send, Recv]):
+class Codec(Generic[Send, Recv]):
     """Struct <-> frames, shared by the blocking and the asyncio channel."""
 
     def __init__(self, receives: Any) -> None:
@@ -181,7 +187,7 @@ class _Codec(Generic[Send, Recv]):
         self._envelope = msgspec.msgpack.Decoder(_Envelope)
         self.epoch = 0
         self.dropped = Dropped()
-        self.complaints = _Complaints()
+        self.complaints: Complaints = _Complaints()
 
     def frames(self, message: Message, payload: Payload | None) -> list[Any]:
         head = self._encoder.encode(_Envelope(PROTOCOL_VERSION, self.epoch))
@@ -195,30 +201,28 @@ class _Codec(Generic[Send, Recv]):
             frames.append(zmq.Frame(view, copy=view.nbytes < COPY_BELOW))
         return frames
 
-    def parse(self, frames: list[zmq.Frame], *, routed: bool) -> Received[Recv] | None:
+    def parse(self, frames: Sequence[memoryview], sender: bytes) -> Received[Recv] | None:
         """None for what has to be dropped; it is counted and logged, never raised."""
-        sender = bytes(frames.pop(0).buffer) if routed else b""
         try:
-            envelope = self._envelope.decode(frames[0].buffer)
+            envelope = self._envelope.decode(frames[0])
             if envelope.version != PROTOCOL_VERSION:
                 self.dropped.wrong_version += 1
                 self.complaints.tell("dropped: wrong protocol version", sender, theirs=envelope.version)
                 return None
-            message = self._body.decode(frames[1].buffer)
             if len(frames) > 3:
                 raise msgspec.DecodeError(f"{len(frames)} frames, at most 3 make a message")
+            message = self._body.decode(frames[1])
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError, IndexError) as error:
             self.dropped.malformed += 1
             self.complaints.tell("dropped: malformed message", sender, error=str(error)[:MAX_REASON])
             return None
-        payload = frames[2].buffer if len(frames) > 2 else None
-        return Received(sender, envelope.epoch, message, payload)
+        return Received(sender, envelope.epoch, message, frames[2] if len(frames) > 2 else None)
 
 
 class Channel(Generic[Send, Recv]):
     """A blocking channel. `bind` makes the many-peers end (ROUTER), `connect` the one-peer end (DEALER)."""
 
-    def __init__(self, socket: zmq.Socket[bytes], codec: _Codec[Send, Recv], *, routed: bool, endpoint: str) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], codec: Codec[Send, Recv], *, routed: bool, endpoint: str) -> None:
         self._socket = socket
         self._codec = codec
         self._routed = routed
@@ -227,13 +231,13 @@ class Channel(Generic[Send, Recv]):
     @classmethod
     def bind(cls, endpoint: str, receives: Any) -> Self:
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
-        codec: _Codec[Send, Recv] = _Codec(receives)
+        codec: Codec[Send, Recv] = Codec(receives)
         return cls(socket, codec, routed=True, endpoint=_bind(socket, endpoint, codec))
 
     @classmethod
     def connect(cls, endpoint: str, receives: Any, identity: bytes) -> Self:
         socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-        codec: _Codec[Send, Recv] = _Codec(receives)
+        codec: Codec[Send, Recv] = Codec(receives)
         _connect(socket, endpoint, identity, codec)
         return cls(socket, codec, routed=False, endpoint=endpoint)
 
@@ -260,7 +264,7 @@ class Channel(Generic[Send, Recv]):
         """The next good message, or None when `timeout_s` passed (None waits for ever)."""
         until = None if timeout_s is None else time.monotonic() + timeout_s
         while self._socket.poll(None if until is None else max(int((until - time.monotonic()) * 1000), 0)):
-            received = self._codec.parse(self._socket.recv_multipart(copy=False), routed=self._routed)
+            received = self._codec.parse(*_opened(self._socket.recv_multipart(copy=False), routed=self._routed))
             if received is not None:
                 return received
         return None
@@ -272,7 +276,7 @@ class Channel(Generic[Send, Recv]):
 class AsyncChannel(Generic[Send, Recv]):
     """The same on an asyncio loop."""
 
-    def __init__(self, socket: zmq.asyncio.Socket, codec: _Codec[Send, Recv], *, routed: bool, endpoint: str) -> None:
+    def __init__(self, socket: zmq.asyncio.Socket, codec: Codec[Send, Recv], *, routed: bool, endpoint: str) -> None:
         self._socket = socket
         self._codec = codec
         self._routed = routed
@@ -281,13 +285,13 @@ class AsyncChannel(Generic[Send, Recv]):
     @classmethod
     def bind(cls, endpoint: str, receives: Any) -> Self:
         socket: Any = zmq.asyncio.Context.instance().socket(zmq.ROUTER)
-        codec: _Codec[Send, Recv] = _Codec(receives)
+        codec: Codec[Send, Recv] = Codec(receives)
         return cls(socket, codec, routed=True, endpoint=_bind(socket, endpoint, codec))
 
     @classmethod
     def connect(cls, endpoint: str, receives: Any, identity: bytes) -> Self:
         socket: Any = zmq.asyncio.Context.instance().socket(zmq.DEALER)
-        codec: _Codec[Send, Recv] = _Codec(receives)
+        codec: Codec[Send, Recv] = Codec(receives)
         _connect(socket, endpoint, identity, codec)
         return cls(socket, codec, routed=False, endpoint=endpoint)
 
@@ -313,7 +317,7 @@ class AsyncChannel(Generic[Send, Recv]):
     async def receive(self) -> Received[Recv]:
         while True:
             frames = await self._socket.recv_multipart(copy=False)
-            received = self._codec.parse(list(frames), routed=self._routed)
+            received = self._codec.parse(*_opened(frames, routed=self._routed))
             if received is not None:
                 return received
 
@@ -321,7 +325,13 @@ class AsyncChannel(Generic[Send, Recv]):
         _close(self._socket, self.endpoint if self._routed else None, 0.0)
 
 
-def _bind(socket: Any, endpoint: str, codec: _Codec[Any, Any]) -> str:
+def _opened(frames: Sequence[zmq.Frame], *, routed: bool) -> tuple[list[memoryview], bytes]:
+    """The frames of a message, and who sent it."""
+    buffers = [frame.buffer for frame in frames]
+    return (buffers[1:], bytes(buffers[0])) if routed else (buffers, b"")
+
+
+def _bind(socket: Any, endpoint: str, codec: Codec[Any, Any]) -> str:
     """Bind, and the address that peers connect to (TCP port 0 becomes the real one)."""
     with _closed_on_error(socket):
         check_endpoint(endpoint)
@@ -342,7 +352,7 @@ def _bind(socket: Any, endpoint: str, codec: _Codec[Any, Any]) -> str:
     return address.rstrip(b"\0").decode()
 
 
-def _connect(socket: Any, endpoint: str, identity: bytes, codec: _Codec[Any, Any]) -> None:
+def _connect(socket: Any, endpoint: str, identity: bytes, codec: Codec[Any, Any]) -> None:
     with _closed_on_error(socket):
         check_endpoint(endpoint)
         _set_common(socket, endpoint, codec.max_bytes)
@@ -471,7 +481,7 @@ class _Gate(threading.Thread):
 class _Watch(threading.Thread):
     """Counts and tells the handshakes of one socket that fail. Ends with the socket."""
 
-    def __init__(self, socket: Any, endpoint: str, codec: _Codec[Any, Any], reasons: dict[int, str]) -> None:
+    def __init__(self, socket: Any, endpoint: str, codec: Codec[Any, Any], reasons: dict[int, str]) -> None:
         super().__init__(name=f"handshakes of {endpoint}", daemon=True)
         self._codec, self._reasons = codec, reasons
         address = f"inproc://handshakes-{secrets.token_hex(8)}"

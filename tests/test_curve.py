@@ -112,7 +112,7 @@ def raw(endpoint, **options):
 
 
 def good_frames():
-    codec = wire._Codec(ToScheduler)
+    codec = wire.Codec(ToScheduler)
     return codec.frames(Grant(1), None)
 
 
