@@ -128,7 +128,7 @@ def load_keys(folder: str | Path | None) -> Keys | None:
         raise InvalidInput(
             "curve_dir", f'{secret_file} has no line "secret-key"; make a new pair with framemesh keygen'
         )
-    own = _read_host(secret_file.with_suffix(PUBLIC))
+    own = read_host(secret_file.with_suffix(PUBLIC))
     if secret_half.get("public-key", "").encode() != own.key:
         raise InvalidInput("curve_dir", f"{secret_file} and its {PUBLIC} file are of two different pairs")
     return Keys(folder, own, _key(secret_half["secret-key"], secret_file), Authorized(folder / AUTHORIZED))
@@ -198,15 +198,19 @@ def _public_files(folder: Path) -> list[Path]:
 
 def _try_host(path: Path) -> Host | None:
     try:
-        _check_mode(path, 0o022, "could be changed by others", "go-w")
-        return _read_host(path)
+        return read_host(path)
     except InvalidInput as error:
         log.warning("not authorized: a key file that cannot be used", reason=error.message)
         return None
 
 
-def _read_host(path: Path) -> Host:
-    """One .pub file; a host without a line `addresses` is known by the name of its file."""
+def read_host(path: Path) -> Host:
+    """One .pub file; a host without a line `addresses` is known by the name of its file.
+
+    Raises:
+        InvalidInput: the file cannot be read, can be written by others, or holds no public key.
+    """
+    _check_mode(path, 0o022, "could be changed by others", "go-w")
     words = _read(path)
     if "secret-key" in words:
         raise InvalidInput("curve_dir", f"{path} holds a SECRET key, which nobody else may have; make a new pair")

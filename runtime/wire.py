@@ -105,11 +105,16 @@ def set_keys(keys: Keys | None) -> None:
     Raises:
         InvalidInput: the secret key is not that of the public one.
     """
-    if keys is not None and zmq.curve_public(keys.secret) != keys.own.key:
-        raise InvalidInput(
-            "curve_dir", f"the secret key in {keys.folder} does not belong to {keys.own.name}'s public key"
-        )
+    if keys is not None:
+        check_pair(keys)
     _Process.keys = keys
+
+
+def check_pair(keys: Keys) -> None:
+    """Refuse a secret key that is not that of the public one."""
+    if zmq.curve_public(keys.secret) != keys.own.key:
+        text = f"the secret key in {keys.folder} does not belong to {keys.own.name}'s public key"
+        raise InvalidInput("curve_dir", text)
 
 
 class _Process:

@@ -19,6 +19,7 @@ import structlog
 import zmq
 import zmq.auth
 
+from launch.cli import main
 from launch.process import child_environment, python_module
 from runtime import wire
 from runtime.config import Config, save_frozen
@@ -114,6 +115,32 @@ def raw(endpoint, **options):
 def good_frames():
     codec = wire.Codec(ToScheduler)
     return codec.frames(Grant(1), None)
+
+
+class LiveScheduler:
+    """A real scheduler process that listens between hosts."""
+
+    def __init__(self, folder):
+        with socket.create_server((ADDRESS, 0)) as free:
+            self.endpoint = f"tcp://{ADDRESS}:{free.getsockname()[1]}"
+        place = folder.parent
+        save_frozen(Config(curve_dir=str(folder), cost_cache=str(place / "cost")), place / "config.json")
+        words = ("--bind", self.endpoint, "--config", str(place / "config.json"), "--model-folder", str(DEMO))
+        self._process = subprocess.Popen(
+            python_module("runtime", *words), env=child_environment({}), stderr=subprocess.PIPE, text=True
+        )
+        self.errors = ""
+
+    def __enter__(self):
+        assert self._process.stderr is not None
+        while "listening" not in (line := self._process.stderr.readline()):
+            assert line, "it ended before it listened"
+        return self.endpoint
+
+    def __exit__(self, *error):
+        self._process.terminate()
+        _, self.errors = self._process.communicate(timeout=PATIENCE_S)
+        assert self._process.returncode == 0
 
 
 # ---- who is let in -----------------------------------------------------------------------------------------------
@@ -485,15 +512,9 @@ print(server.receive(10).message)
     assert (ran.returncode, ran.stdout, ran.stderr) == (0, "Grant(credits=1)\n", "")
 
 
-def test_a_scheduler_process_takes_the_folder_from_its_configuration(hosts, opened, tmp_path):
-    with socket.create_server((ADDRESS, 0)) as free:
-        endpoint = f"tcp://{ADDRESS}:{free.getsockname()[1]}"
-    save_frozen(Config(curve_dir=str(hosts.server), cost_cache=str(tmp_path / "cost")), tmp_path / "config.json")
-    words = ("--bind", endpoint, "--config", str(tmp_path / "config.json"), "--model-folder", str(DEMO))
-    process = subprocess.Popen(
-        python_module("runtime", *words), env=child_environment({}), stderr=subprocess.PIPE, text=True
-    )
-    try:
+def test_a_scheduler_process_takes_the_folder_from_its_configuration(hosts, opened):
+    scheduler = LiveScheduler(hosts.server)
+    with scheduler as endpoint:
         friend = opened(join(hosts.client, endpoint, b"friend"))
         friend.send(Observe())
         assert isinstance(friend.receive(PATIENCE_S).message, Welcome)
@@ -503,9 +524,63 @@ def test_a_scheduler_process_takes_the_folder_from_its_configuration(hosts, open
             stranger.send(Observe())
             assert stranger.receive(QUIET_S) is None
             assert plain.poll(0) == 0
-    finally:
-        process.terminate()
-        _, errors = process.communicate(timeout=PATIENCE_S)
-    assert process.returncode == 0
-    assert "a key that is not authorized" in errors
-    assert load_keys(hosts.server).secret.decode() not in errors
+    assert "a key that is not authorized" in scheduler.errors
+    assert load_keys(hosts.server).secret.decode() not in scheduler.errors
+
+
+# ---- the command -------------------------------------------------------------------------------------------------
+
+
+def test_keygen_makes_a_pair_and_says_where_it_goes(tmp_path, capsys):
+    assert main(["keygen", "--curve-dir", str(tmp_path / "keys"), "--name", "gpu0"]) == 0
+    said = capsys.readouterr().out
+    keys = load_keys(tmp_path / "keys")
+    set_keys(keys)
+    set_keys(None)
+    assert keys.own.name == "gpu0"
+    for words in (
+        "gpu0.secret",
+        "it never leaves this host",
+        f"{tmp_path / 'keys' / 'gpu0.pub'} OTHER:",
+        "--curve-dir",
+    ):
+        assert words in said
+    assert keys.secret.decode() not in said
+    assert {"127.0.0.1", "::1"}.isdisjoint(keys.own.addresses)
+
+
+def test_keygen_overwrites_nothing(tmp_path, capsys):
+    words = ["keygen", "--curve-dir", str(tmp_path / "keys"), "--name"]
+    assert main([*words, "gpu0"]) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "keys").glob("gpu0.*")}
+    assert main([*words, "gpu0"]) == main([*words, "gpu1"]) == 2
+    assert "is there already and is not overwritten" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in (tmp_path / "keys").glob("gpu*")} == before
+
+
+@pytest.mark.parametrize("name", ["", "../up", "a b", ".hidden", "x" * 201, 'quo"te'])
+def test_keygen_refuses_names_that_are_no_host(tmp_path, capsys, name):
+    assert main(["keygen", "--curve-dir", str(tmp_path / "keys"), "--name", name]) == 2
+    assert "is no host name" in capsys.readouterr().err
+    assert not (tmp_path / "keys").exists()
+
+
+def test_keygen_takes_its_folder_from_the_environment_or_has_one_of_its_own(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.delenv("FRAMEMESH_CURVE_DIR", raising=False)
+    assert main(["keygen"]) == 0
+    assert load_keys(tmp_path / "config" / "framemesh" / "keys") is not None
+    monkeypatch.setenv("FRAMEMESH_CURVE_DIR", str(tmp_path / "named"))
+    assert main(["keygen", "--name", "named"]) == 0
+    assert load_keys(tmp_path / "named").own.name == "named"
+    (tmp_path / "file").write_text("in the way")
+    assert main(["keygen", "--curve-dir", str(tmp_path / "file" / "below")]) == 2
+
+
+def test_an_operator_looks_at_a_mesh_between_hosts(hosts, opened, capsys):
+    """`framemesh jobs --mesh tcp://…` with the keys, and without."""
+    with LiveScheduler(hosts.server) as endpoint:
+        assert main(["jobs", "--mesh", endpoint, "--curve-dir", str(hosts.client), "--json"]) == 0
+        assert capsys.readouterr().out.strip() == "[]"
+        assert main(["jobs", "--mesh", endpoint]) == 2
+        assert "sockets between hosts need keys (--curve-dir)" in capsys.readouterr().err
