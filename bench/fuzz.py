@@ -68,6 +68,8 @@ def sample(kind: Any) -> Any:
         return full(kind)
     arguments = [argument for argument in typing.get_args(kind) if argument not in {type(None), Ellipsis}]
     match typing.get_origin(kind):
+        case typing.Literal:
+            return arguments[0]
         case origin if origin is tuple:
             return (sample(arguments[0]),) * 2
         case origin if origin is dict:

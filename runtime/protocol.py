@@ -17,7 +17,7 @@ epoch) and the sender's identity belong to `runtime.wire`.
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -203,7 +203,7 @@ class WorkerHello(Message, frozen=True):
 class Measurement(msgspec.Struct, frozen=True):
     """What a unit of work cost when the ranks warmed up."""
 
-    kind: Word
+    kind: Literal["encode", "denoise", "decode"]
     params: ResolvedParams
     batch: Degree
     seconds: Seconds

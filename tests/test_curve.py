@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -19,13 +20,16 @@ import structlog
 import zmq
 import zmq.auth
 
+from gateway.mesh import Frames, Mesh
 from launch.cli import main
 from launch.process import child_environment, python_module
 from runtime import wire
 from runtime.config import Config, save_frozen
 from runtime.errors import InvalidInput
 from runtime.keys import AUTHORIZED, Keys, load_keys, write_pair
+from runtime.models.card import card_for, read_configs
 from runtime.protocol import Cancel, FramesChunk, FromScheduler, Grant, Observe, ToScheduler, Welcome
+from runtime.sampling import SamplingParams
 from runtime.wire import AsyncChannel, Channel, new_pair, set_keys
 
 PATIENCE_S = 20.0
@@ -526,6 +530,37 @@ def test_a_scheduler_process_takes_the_folder_from_its_configuration(hosts, open
             assert plain.poll(0) == 0
     assert "a key that is not authorized" in scheduler.errors
     assert load_keys(hosts.server).secret.decode() not in scheduler.errors
+
+
+@pytest.mark.slow
+def test_a_video_between_two_hosts(hosts, tmp_path):
+    """Scheduler and gateway on the one, the rank on the other: control and frames over TCP with keys."""
+    save_frozen(Config(curve_dir=str(hosts.client), device="cpu"), tmp_path / "worker.json")
+    elastic = ("--nnodes=1", "--nproc-per-node=1", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0")
+    shared = ("--config", str(tmp_path / "worker.json"), "--model-folder", str(DEMO))
+    card = card_for(read_configs(DEMO))
+    params = card.check(SamplingParams(prompt="a red circle moving right", seed=1, num_inference_steps=2))
+
+    async def ask(endpoint):
+        set_keys(load_keys(hosts.server))
+        mesh = Mesh(endpoint, SERVER_AT)
+        await mesh.start()
+        try:
+            await mesh.wait_ready(120.0)
+            events = [event async for event in mesh.run(mesh.request("video", params))]
+            assert sum(len(event.pixels) for event in events if isinstance(event, Frames)) == params.num_frames
+            assert (mesh._frames.dropped.refused, mesh._control.dropped.refused) == (0, 0)
+        finally:
+            await mesh.close()
+
+    with LiveScheduler(hosts.server) as endpoint, (tmp_path / "worker.log").open("wb") as log:
+        command = python_module("torch.distributed.run", *elastic, "-m", "workers", "--scheduler", endpoint, *shared)
+        workers = subprocess.Popen(command, env=child_environment({}), stdout=log, stderr=log, start_new_session=True)
+        try:
+            asyncio.run(ask(endpoint))
+        finally:
+            os.killpg(workers.pid, signal.SIGKILL)
+            workers.wait()
 
 
 # ---- the command -------------------------------------------------------------------------------------------------

@@ -204,6 +204,7 @@ NONSENSE = {
     "a start at infinity": changed(Done, started=math.inf),
     "a negative budget": changed(Ready, memory_budget=-1),
     "a cost of NaN": changed(Ready, measurements=(replace(MEASUREMENT, seconds=math.nan),)),
+    "a cost of a kind that there is not": changed(Ready, measurements=(replace(MEASUREMENT, kind="tea"),)),
     "a layout of zero ranks": changed(Ready, model=replace(MODEL, layout=Layout(0, 1, 1))),
     "a timeout of NaN": submit(timeout_s=math.nan),
     "a negative timeout": submit(timeout_s=-1.0),
