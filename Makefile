@@ -28,6 +28,7 @@ bench: $(VENV)/.test  ## the figures of bench/results/, measured again (about 10
 	$(BIN)/python -m bench.throughput
 	$(BIN)/python -m bench.plan
 	$(BIN)/python -m bench.prediction
+	$(BIN)/python -m bench.fuzz
 
 bench-serving: $(VENV)/.test  ## every policy and a naive diffusers server on the same traces (about 20 minutes)
 	$(BIN)/python -m bench.serving

@@ -42,6 +42,10 @@ MeshPlace = Annotated[
     str | None,
     Parameter(name="--mesh", help="Folder of the mesh, or its scheduler's endpoint; unset: the only one that runs."),
 ]
+CurveDir = Annotated[
+    str | None,
+    Parameter(name="--curve-dir", env_var="FRAMEMESH_CURVE_DIR", help="Folder of the keys for sockets between hosts."),
+]
 NO_CONFIG, NO_PARAMS, NO_OUTPUT = Config(), SamplingParams(), Output()
 
 
@@ -76,7 +80,7 @@ def _run(argv: list[str]) -> int:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
-    for command in (serve, generate, run, top, jobs, cancel, drain, models, env):
+    for command in (serve, generate, run, top, jobs, cancel, drain, models, env, doctor, keygen):
         app.command(command)
     return app(intake.tokens) or 0
 
@@ -137,9 +141,11 @@ def run(
 def top(
     *,
     mesh: MeshPlace = None,
+    curve_dir: CurveDir = None,
     once: Annotated[bool, Parameter(negative="", help="Print one snapshot and leave.")] = False,
 ) -> int:
     """Watch a running mesh: ranks, queue, step times, memory; q leaves."""
+    _use_keys(curve_dir)
     from launch.top import top as follow
 
     return follow(mesh, once=once)
@@ -148,9 +154,11 @@ def top(
 def jobs(
     *,
     mesh: MeshPlace = None,
+    curve_dir: CurveDir = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="", help="One JSON array.")] = False,
 ) -> int:
     """List the requests of a running mesh."""
+    _use_keys(curve_dir)
     from launch.top import jobs as list_jobs
 
     return list_jobs(mesh, as_json=as_json)
@@ -161,8 +169,10 @@ def cancel(
     /,
     *,
     mesh: MeshPlace = None,
+    curve_dir: CurveDir = None,
 ) -> int:
     """Cancel a request of a running mesh."""
+    _use_keys(curve_dir)
     from launch.top import cancel as cancel_one
 
     return cancel_one(mesh, request_id)
@@ -212,6 +222,38 @@ def env() -> int:
     return 0
 
 
+def doctor(
+    *,
+    config: ConfigFlags = NO_CONFIG,
+    config_file: ConfigFile = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="", help="One JSON array.")] = False,
+) -> int:
+    """Check this host for a mesh with these settings, and say what to do about what is found."""
+    from launch.doctor import doctor as examine_host
+
+    return examine_host(config, as_json=as_json)
+
+
+def keygen(*, curve_dir: CurveDir = None, name: str | None = None) -> int:
+    """Make this host's keys for sockets between hosts.
+
+    Parameters
+    ----------
+    name
+        Of this host, as the others know it; unset: its host name.
+    """
+    from launch.keygen import keygen as make_pair
+
+    return make_pair(Path(curve_dir) if curve_dir else None, name)
+
+
+def _use_keys(curve_dir: str | None) -> None:
+    from runtime.keys import load_keys
+    from runtime.wire import set_keys
+
+    set_keys(load_keys(curve_dir or None))
+
+
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """A model and a request that have passed every check that needs no weights."""
@@ -231,9 +273,9 @@ def prepare(
     """
     check_config(config)
     _check_output(output)
-    _try_folder(Path(config.output_path))
+    try_folder(Path(config.output_path))
     if http:
-        _try_port(config.host, config.port)
+        try_port(config.host, config.port)
     folder, card = _card_of(config.model_path, config.revision)
     card.check_sp(config.layout.ulysses)
     resolved = None if params is None else card.check(params)
@@ -268,7 +310,7 @@ def _check_output(output: Output) -> None:
         raise InvalidInput("output_file_name", f"{name!r} is longer than the 255 bytes that a file name may have")
 
 
-def _try_folder(folder: Path) -> None:
+def try_folder(folder: Path) -> None:
     """Write a file into the folder, and leave things as they were."""
     missing: list[Path] = []
     try:
@@ -284,7 +326,7 @@ def _try_folder(folder: Path) -> None:
                 path.rmdir()
 
 
-def _try_port(host: str, port: int) -> None:
+def try_port(host: str, port: int) -> None:
     """Bind the address for a moment, in the way that the server will."""
     try:
         addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

@@ -77,6 +77,18 @@ class RunFolder:
         new.replace(self.path / MESH_FILE)
 
 
+def run_folders() -> tuple[list[Path], list[Path]]:
+    """This user's run folders: (of launchers that live, of dead ones)."""
+    folders = _described_folders()
+    dead = [folder for folder in folders if _is_dead(folder)]
+    return [folder for folder in folders if folder not in dead], dead
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether no launcher holds this run folder any more; it may be gone itself."""
+    return not folder.exists() or _is_dead(folder)
+
+
 def sweep_dead_folders() -> None:
     """Remove what launchers of this user left behind when they were killed."""
     for folder in _described_folders():

@@ -45,7 +45,7 @@ def settings_of(cls: type, prefix: str = "") -> dict[str, Any]:
 CONFIG, SAMPLING, OUTPUT = settings_of(Config), settings_of(SamplingParams), settings_of(Output)
 SETTINGS = CONFIG | SAMPLING | OUTPUT
 NAMES = [*SETTINGS, *LATER, *ALIASES]
-COMMANDS = {"serve": CONFIG, "generate": SETTINGS, "run": SETTINGS}
+COMMANDS = {"serve": CONFIG, "generate": SETTINGS, "run": SETTINGS, "doctor": CONFIG}
 """Which settings each command works with."""
 
 HTTP_ONLY = frozenset({"host", "port", "served_model_name", "batching_delay_ms"})

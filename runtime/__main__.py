@@ -17,22 +17,26 @@ from runtime.config import Config, load_frozen
 from runtime.cost import CostModel
 from runtime.costfile import cost_path, load_constants, save_constants
 from runtime.engine import Engine
+from runtime.keys import load_keys
 from runtime.log import get_logger, setup_logging
 from runtime.models.card import card_for, read_configs
 from runtime.protocol import Done, FromScheduler, ToScheduler
 from runtime.recovery import LossLog
 from runtime.scheduler import Scheduler
-from runtime.wire import Channel
+from runtime.wire import Channel, set_keys
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m runtime", description=__doc__)
-    parser.add_argument("--bind", required=True, help="ipc:// or loopback tcp:// endpoint for all peers")
+    parser.add_argument(
+        "--bind", required=True, help="endpoint for all peers: ipc://, loopback tcp://, or with curve_dir any tcp://"
+    )
     parser.add_argument("--config", type=Path, required=True, help="frozen configuration (JSON)")
     parser.add_argument("--model-folder", type=Path, required=True, help="the resolved diffusers folder")
     args = parser.parse_args()
     config = load_frozen(args.config)
     setup_logging("scheduler", config.log_level)
+    set_keys(load_keys(config.curve_dir))
     configs = read_configs(args.model_folder)
     card = card_for(configs)
     cost_file = cost_path(config, configs)

@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 from runtime.config import Config, load_frozen
+from runtime.keys import load_keys
 from runtime.log import get_logger, setup_logging
 from runtime.models.card import card_for, read_configs
 from runtime.process import die_with_parent
 from runtime.protocol import ItemFailed, Ready
+from runtime.wire import set_keys
 from workers.seat import Seat, WorkerChannel, take_seat
 
 log = get_logger("worker")
@@ -29,6 +31,7 @@ def main() -> int:
     args = parser.parse_args()
     config = load_frozen(args.config)
     setup_logging(f"worker{os.environ['RANK']}", config.log_level)
+    set_keys(load_keys(config.curve_dir))
     seat, channel = take_seat(args.scheduler)
     return _serve(args.model_folder, config, seat, channel)
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import ftfy
 
+from runtime.bounds import MAX_PROMPT_CHARS
 from runtime.errors import InvalidInput
 from runtime.sampling import ResolvedParams, SamplingParams
 
@@ -77,6 +78,9 @@ class WanCard:
     def check(self, params: SamplingParams) -> ResolvedParams:
         if not params.prompt.strip():
             raise InvalidInput("prompt", "is empty; say what to generate", code="missing_required_parameter")
+        for name in ("prompt", "negative_prompt"):
+            if (length := len(getattr(params, name) or "")) > MAX_PROMPT_CHARS:
+                raise InvalidInput(name, f"has {length} characters, at most {MAX_PROMPT_CHARS} are taken")
         height = self._size("height", params.height, self.spatial * self.patch[1])
         width = self._size("width", params.width, self.spatial * self.patch[2])
         seed = secrets.randbelow(2**31) if params.seed is None else params.seed
