@@ -16,7 +16,6 @@ from pathlib import Path
 
 import httpx2
 import numpy as np
-import psutil
 import pytest
 import structlog
 from fake_mesh import EPOCH, MODEL_FOLDER, demo_model, moving_frames
@@ -614,13 +613,15 @@ def test_a_process_that_keeps_dying_ends_the_server_with_the_last_error(serve, s
 @pytest.mark.slow
 def test_a_worker_group_that_keeps_dying_ends_the_server_with_the_last_error(serve, short_tmp):
     server = serve("--crash-limit", "2").wait_ready()
-    for _ in range(2):
-        victim = server.find("rank")
-        victim.kill()
-        with contextlib.suppress(psutil.NoSuchProcess):
-            eventually(lambda v=victim: server.process.poll() is not None or server.find("rank") not in {v, None}, 40)
+    with observe_mesh(None) as (observer, _):
+        server.find("rank").kill()
+        eventually(lambda: (status := observer.look()).losses == 1 and status.ready, 40)
+    server.remember()
+    server.find("rank").kill()
     assert server.end(patience_s=60) == 1
-    assert server.stderr.splitlines()[-1].startswith("error: ")
+    assert server.stderr.splitlines()[-1] == (
+        "error: the workers were lost too often (--crash-limit): the worker group was restarted"
+    )
     assert "Traceback" not in server.stderr
     assert not list(short_tmp.glob("framemesh-*"))
 
