@@ -26,6 +26,7 @@ from gateway import mesh as mesh_module
 from gateway.jobs import runner as runner_module
 from gateway.media.mp4 import FragmentWriter, read_frames
 from gateway.mesh import FRAME_CREDITS, Frames, Mesh
+from launch.client import Client
 from launch.observe import Observer, observe_mesh
 from launch.process import child_environment
 from runtime.config import Config, save_frozen
@@ -434,9 +435,9 @@ def test_a_lost_mesh_ends_what_runs_and_what_comes_later(play):
 class GatewayProcess:
     """The gateway as the launcher starts it."""
 
-    def __init__(self, fake, folder: Path) -> None:
+    def __init__(self, fake, folder: Path, port: int = 0) -> None:
         config_file = folder / "config.json"
-        save_frozen(Config(output_path=str(folder / "outputs"), port=0), config_file)
+        save_frozen(Config(output_path=str(folder / "outputs"), port=port), config_file)
         command = [sys.executable, "-P", "-m", "gateway", "--config", str(config_file)]
         command += ["--model-folder", str(MODEL_FOLDER), "--scheduler", fake.endpoint]
         command += ["--frames", f"ipc://{fake.folder}/frames"]
@@ -446,6 +447,10 @@ class GatewayProcess:
         self.videos = folder / "outputs" / "videos"
         self.store = folder / "outputs" / "jobs.sqlite3"
         self.http = httpx2.Client(base_url=json.loads(self.process.stdout.readline())["url"], timeout=PATIENCE_S)
+
+    @property
+    def port(self) -> int:
+        return self.http.base_url.port
 
     def post(self, key="", **changes):
         headers = {"idempotency-key": key} if key else {}
@@ -472,8 +477,8 @@ def gateway_process(fake, tmp_path):
     """Starts gateways one after the other, all on one output folder and one socket for frames."""
     started = []
 
-    def start():
-        started.append(GatewayProcess(fake, tmp_path))
+    def start(port=0):
+        started.append(GatewayProcess(fake, tmp_path, port))
         return started[-1]
 
     yield start
@@ -512,6 +517,50 @@ def test_a_gateway_killed_while_it_records_ends_the_same_jobs_with_the_same_byte
     assert second.post("done", seed=1)["id"] == undisturbed
     assert attempts(fake, undisturbed) == [0]
     assert sorted(path.name for path in second.videos.iterdir()) == sorted([f"{undisturbed}.mp4", f"{video_id}.mp4"])
+
+
+def test_the_clients_events_go_on_over_a_lost_connection_and_a_new_gateway(gateway_process, fake):
+    first = gateway_process()
+    fake.held = {"decode:2"}
+    video_id = first.post(seed=1)["id"]
+    told, second = [], None
+    with Client(str(first.http.base_url)) as client:
+        for name, data in client.events(video_id):
+            told.append((name, data.get("first")))
+            if told[-1] == ("frames", 1) and second is None:
+                first.kill()
+                second = gateway_process(port=first.port)
+            elif told.count(("frames", 1)) == 2:
+                fake.release()
+    assert told[-1] == ("done", None)
+    assert [first for name, first in told if name == "frames"] == [0, 1, 0, 1, 5, 9, 13]
+
+
+def test_the_clients_events_go_on_where_the_same_gateway_broke_off(gateway, fake, monkeypatch):
+    """A proxy may cut a stream at any time."""
+    fake.held = {"decode:1", "decode:3"}
+    video_id = gateway.create()
+    lasts = []
+    with Client(gateway.url) as client:
+        real = client._listen
+
+        def listen(video_id, jpeg, last):
+            lasts.append(last)
+            for event in real(video_id, jpeg, last):
+                yield event
+                if event[1] == "frames" and len(lasts) == 1:
+                    fake.release("decode:1")
+                    raise httpx2.ReadError("cut")
+                if len(lasts) == 2:
+                    fake.release()
+
+        monkeypatch.setattr(client, "_listen", listen)
+        told = [(name, data.get("first")) for name, data in client.events(video_id)]
+    assert lasts[0] == ""
+    assert len(lasts) == 2
+    assert [first for name, first in told if name == "frames"] == [0, 1, 5, 9, 13]
+    assert [name for name, _ in told].count("queued") == 1
+    assert told[-1][0] == "done"
 
 
 def test_a_gateway_killed_between_the_file_and_its_row_runs_nothing_again(gateway_process, fake):
