@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -13,6 +14,11 @@ import msgspec
 
 from runtime.errors import FramemeshError, InvalidInput
 from runtime.sampling import SamplingParams
+
+RECONNECT_S = 30.0
+"""How long a server that was lost while it told events may take to come back."""
+RETRY_S = 0.25
+ENDINGS = ("done", "error")
 
 
 class Client:
@@ -52,18 +58,42 @@ class Client:
         return self._json("POST", f"/v1/videos/{video_id}/cancel")
 
     def events(self, video_id: str, *, jpeg: bool = False) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(name, data) of queued, stage, step, frames … until done or error."""
+        """(name, data) of queued, stage, step, frames … until done or error.
+
+        A lost connection is made again, and goes on where it broke off; a server that was itself started again tells
+        the job's second life from its beginning.
+        """
+        last, lost = "", 0.0
+        while True:
+            try:
+                for event_id, name, data in self._listen(video_id, jpeg, last):
+                    last, lost = event_id, 0.0
+                    yield name, data
+                    if name in ENDINGS:
+                        return
+            except httpx.TransportError:
+                lost = lost or time.monotonic()
+                if self._http.is_closed or time.monotonic() - lost > RECONNECT_S:
+                    raise
+            time.sleep(RETRY_S)
+
+    def _listen(self, video_id: str, jpeg: bool, last: str) -> Iterator[tuple[str, str, dict[str, Any]]]:
+        """(id, name, data) of what follows the event with the id `last`, until the connection ends."""
         query = {"frames": "jpeg"} if jpeg else {}
-        with self._http.stream("GET", f"/v1/videos/{video_id}/events", params=query) as response:
+        headers = {"Last-Event-ID": last} if last else {}
+        with self._http.stream("GET", f"/v1/videos/{video_id}/events", params=query, headers=headers) as response:
             if response.is_error:
                 response.read()
                 raise _error(response)
-            name = ""
+            event = {"id": last}
             for line in response.iter_lines():
-                if line.startswith("event:"):
-                    name = line.removeprefix("event:").strip()
-                elif line.startswith("data:"):
-                    yield name, msgspec.json.decode(line.removeprefix("data:"))
+                field, _, value = line.partition(": ")
+                if field:
+                    event[field] = value
+                elif "data" in event:
+                    # An empty line ends an event; half of one was cut off with the connection.
+                    yield event["id"], event["event"], msgspec.json.decode(event["data"])
+                    event = {"id": event["id"]}
 
     def download(self, video_id: str, target: Path) -> None:
         """Write the finished MP4."""

@@ -134,7 +134,10 @@ async def _run_once(config: Config, folder: Path, params: SamplingParams, file_n
             await supervisor.start()
             await supervisor.wait_ready()
             ended = asyncio.create_task(supervisor.watch())
-            video = asyncio.create_task(asyncio.to_thread(_one_video, supervisor.url, config, params, file_name, view))
+            client = Client(supervisor.url)
+            # Closed, it waits for nobody any more in the thread.
+            closing.callback(client.close)
+            video = asyncio.create_task(asyncio.to_thread(_one_video, client, config, params, file_name, view))
             await asyncio.wait({ended, video}, return_when=asyncio.FIRST_COMPLETED)
             if not video.done():
                 ended.result()
@@ -144,9 +147,10 @@ async def _run_once(config: Config, folder: Path, params: SamplingParams, file_n
             made.append(video.result())
 
         try:
-            signalled = await signals.during(work())
-            if signalled:
-                _say("stopping")
+            with contextlib.ExitStack() as closing:
+                signalled = await signals.during(work())
+                if signalled:
+                    _say("stopping")
         finally:
             await supervisor.leave(DRAIN_S)
             await supervisor.stop()
@@ -156,28 +160,27 @@ async def _run_once(config: Config, folder: Path, params: SamplingParams, file_n
 
 
 def _one_video(
-    url: str, config: Config, params: SamplingParams, file_name: str | None, view: ProgressView
+    client: Client, config: Config, params: SamplingParams, file_name: str | None, view: ProgressView
 ) -> tuple[Path, Path, int, dict[str, float]]:
     """One prompt over HTTP: (video, contact sheet, seed, timings)."""
     sent = time.monotonic()
     first_frame = 0.0
-    with Client(url) as client:
-        job = client.create(params)
-        for name, data in client.events(job["id"]):
-            if name == "queued":
-                view.stage("queued", eta_s=data.get("eta_s"))
-            elif name == "stage":
-                view.stage(data["stage"])
-            elif name == "step":
-                view.stage(data.get("stage", "denoise"), data["step"], data["total_steps"], data["eta_s"])
-            elif name == "frames":
-                first_frame = first_frame or time.monotonic() - sent
-                view.frames(data["first"] + data["count"], data["total"])
-            elif name == "error":
-                raise RequestFailed(job["id"], data["error"]["code"], data["error"]["message"])
-        done = client.retrieve(job["id"])
-        video, sheet = _target(config, params, done["seed"], file_name)
-        client.download(job["id"], video)
+    job = client.create(params)
+    for name, data in client.events(job["id"]):
+        if name == "queued":
+            view.stage("queued", eta_s=data.get("eta_s"))
+        elif name == "stage":
+            view.stage(data["stage"])
+        elif name == "step":
+            view.stage(data.get("stage", "denoise"), data["step"], data["total_steps"], data["eta_s"])
+        elif name == "frames":
+            first_frame = first_frame or time.monotonic() - sent
+            view.frames(data["first"] + data["count"], data["total"])
+        elif name == "error":
+            raise RequestFailed(job["id"], data["error"]["code"], data["error"]["message"])
+    done = client.retrieve(job["id"])
+    video, sheet = _target(config, params, done["seed"], file_name)
+    client.download(job["id"], video)
     _write_sheet(video, sheet)
     timings = {**done["timings"], "first frame after": first_frame, "done after": time.monotonic() - sent}
     return video, sheet, done["seed"], timings

@@ -294,9 +294,13 @@ class Supervisor:
             self._draining.set()
         if state.ready:
             self._ready.set()
-        # What fails before it was ever ready would fail the same way again.
-        elif state.gave_up or (state.losses and not self._ready.is_set()):
-            self._give_up(state.reason.removeprefix("the workers are restarting: "))
+            return
+        reason = state.reason.removeprefix("the workers are restarting: ")
+        if not self._ready.is_set() and state.losses:
+            # What fails before it was ever ready would fail the same way again.
+            self._give_up(reason)
+        elif state.gave_up:
+            self._give_up(f"the workers were lost too often (--crash-limit): {reason}")
 
     def _fence(self, message: Fence) -> None:
         """Kill a rank that hangs, if it is one of ours."""

@@ -142,9 +142,6 @@ class ServerProcess:
         self.remember()
         return self
 
-    def ready(self) -> bool:
-        return self.http.get("/health/ready").status_code == 200
-
     @property
     def stderr(self) -> str:
         return self._log.read_text()
