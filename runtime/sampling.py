@@ -23,7 +23,7 @@ class SamplingParams:
     num_inference_steps: int | None = None
     """Number of denoising steps."""
     guidance_scale: float | None = None
-    """Classifier-free guidance weight; 1 or less switches guidance off."""
+    """Guidance weight, 1 or less switches it off; guidance-distilled models take it as an input."""
     seed: int | None = None
     """Seed of the initial noise; unset draws one and reports it."""
     height: int | None = None
@@ -34,6 +34,8 @@ class SamplingParams:
     """Frames of video."""
     fps: int | None = None
     """Frames per second of the written video."""
+    true_cfg_scale: float | None = None
+    """Classifier-free guidance against the negative prompt in image models; 1 or less switches it off."""
 
 
 class ResolvedParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +50,7 @@ class ResolvedParams(msgspec.Struct, frozen=True, kw_only=True):
     width: int
     num_frames: int
     fps: int
+    true_cfg_scale: float = 1.0
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):

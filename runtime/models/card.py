@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from runtime.errors import InvalidInput
+from runtime.models.flux import FluxCard
+from runtime.models.qwen_image import QwenImageCard
 from runtime.models.wan import WanCard
 from runtime.sampling import ResolvedParams, SamplingParams
 
@@ -80,7 +82,11 @@ class Card(Protocol):
         ...
 
 
-FAMILIES: dict[str, Callable[[Configs], Card]] = {"WanPipeline": WanCard.from_configs}
+FAMILIES: dict[str, Callable[[Configs], Card]] = {
+    "FluxPipeline": FluxCard.from_configs,
+    "QwenImagePipeline": QwenImageCard.from_configs,
+    "WanPipeline": WanCard.from_configs,
+}
 """Pipeline class in `model_index.json` -> card."""
 
 

@@ -85,6 +85,8 @@ class WanCard:
         guidance = self._default("guidance_scale", params.guidance_scale)
         if not 0 <= guidance <= 100:
             raise InvalidInput("guidance_scale", f"{guidance} is out of range; take 0 to 100 (1 or less: no guidance)")
+        if params.true_cfg_scale is not None and params.true_cfg_scale > 1:
+            raise InvalidInput("true_cfg_scale", "is for image models; Wan's is guidance_scale")
         return ResolvedParams(
             prompt=params.prompt,
             negative_prompt=params.negative_prompt or "",

@@ -1,0 +1,66 @@
+"""FLUX.1 against diffusers.FluxPipeline: same seed, fp32, alone and in company, dev-like and schnell-like."""
+
+import pytest
+from still_parity import check_equal, difference, oracle_of, run_plan
+from tiny_flux import build_tiny_flux, load_pipeline, reference
+
+LONG = "a red circle moving right, a star over the sea; " * 12
+"""More than CLIP's 77 tokens: it reads the beginning, T5 all of it."""
+
+
+def case(prompt, seed, height, width, steps=8, **more):
+    return {
+        "prompt": prompt,
+        "seed": seed,
+        "height": height,
+        "width": width,
+        "num_inference_steps": steps,
+        "guidance_scale": 4.0,
+        **more,
+    }
+
+
+DEV = {
+    "cases": {
+        "square": case("a red circle", 0, 64, 64),
+        "odd": case("a star over the sea", 1, 48, 80, guidance_scale=1.5),
+        "long": case(LONG, 2, 48, 80, steps=6, guidance_scale=7.0),
+        "third": case("a big blue square, very bright!", 3, 48, 80, steps=5),
+        "turned": case("a red circle", 4, 80, 48),
+        "true": case("a star", 5, 32, 48, negative_prompt="a square", true_cfg_scale=3.0),
+        "true-empty": case("a red star", 6, 32, 48, steps=6, negative_prompt="", true_cfg_scale=2.0),
+    },
+    "batches": [["odd", "long", "third"], ["true", "true-empty"]],
+}
+"""48x80 has 15 tokens of the picture: they do not divide by 2; 80x48 has as many and other positions."""
+
+SCHNELL = {
+    "cases": {
+        name: case(prompt, seed, 48, 64, steps=4, guidance_scale=0.0)
+        for name, prompt, seed in (("one", "a red circle", 7), ("two", LONG, 8))
+    },
+    "batches": [["one", "two"]],
+}
+
+
+@pytest.fixture(scope="session")
+def dev(tmp_path_factory):
+    return build_tiny_flux(tmp_path_factory.mktemp("tiny") / "flux-dev")
+
+
+@pytest.fixture(scope="session")
+def schnell(tmp_path_factory):
+    return build_tiny_flux(tmp_path_factory.mktemp("tiny") / "flux-schnell", distilled_guidance=False)
+
+
+@pytest.fixture(scope="session")
+def dev_oracle(dev):
+    return oracle_of(load_pipeline(dev), reference, DEV)
+
+
+def test_dev_equals_diffusers(tmp_path, dev, dev_oracle):
+    check_equal(run_plan(tmp_path, dev, DEV), DEV, dev_oracle)
+
+
+def test_schnell_equals_diffusers(tmp_path, schnell):
+    check_equal(run_plan(tmp_path, schnell, SCHNELL), SCHNELL, oracle_of(load_pipeline(schnell), reference, SCHNELL))
