@@ -17,6 +17,7 @@ from runtime.config import Config
 from runtime.models.card import Card
 from runtime.protocol import Request, TokenizerExport
 from workers.models.flux import FluxFamily
+from workers.models.qwen_image import QwenImageFamily
 from workers.models.wan import WanFamily
 from workers.parallel.sequence import SequencePlan
 from workers.state import RequestState
@@ -79,6 +80,7 @@ class Family(Protocol):
 
 LOADERS: dict[str, Callable[[Path, Any, Config, torch.device, dict[str, torch.dtype]], Family]] = {
     "flux": FluxFamily.load,
+    "qwen_image": QwenImageFamily.load,
     "wan": WanFamily.load,
 }
 """`card.family` -> what loads it."""
