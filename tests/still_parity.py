@@ -47,3 +47,9 @@ def check_equal(ranks, plan, oracle):
             shade = np.abs(frames[0].astype(int) - oracle[name][1].astype(int)).max()
             assert shade <= 1, f"{request_id}: pixels differ by {shade}/255"
             assert (tensors[f"{request_id}/latents"] == ranks[0][f"{request_id}/latents"]).all(), "ranks differ"
+
+
+def check_noticed(ranks, request_id, oracle):
+    """A mutation is far outside of the bound."""
+    far = difference(ranks[0], request_id, oracle, request_id.partition("/")[2])
+    assert far > 100 * BOUND, f"the mutation changed {request_id} by only {far:.1e}"

@@ -1,7 +1,7 @@
 """FLUX.1 against diffusers.FluxPipeline: same seed, fp32, alone and in company, dev-like and schnell-like."""
 
 import pytest
-from still_parity import check_equal, difference, oracle_of, run_plan
+from still_parity import check_equal, check_noticed, oracle_of, run_plan
 from tiny_flux import build_tiny_flux, load_pipeline, reference
 
 LONG = "a red circle moving right, a star over the sea; " * 12
@@ -64,3 +64,17 @@ def test_dev_equals_diffusers(tmp_path, dev, dev_oracle):
 
 def test_schnell_equals_diffusers(tmp_path, schnell):
     check_equal(run_plan(tmp_path, schnell, SCHNELL), SCHNELL, oracle_of(load_pipeline(schnell), reference, SCHNELL))
+
+
+@pytest.mark.parametrize(
+    ("mutation", "noticed_in"),
+    [
+        ("transposed_positions", "alone/odd"),
+        ("shared_shift", "alone/square"),
+        ("exchanged_guidance", "batch/odd"),
+        ("exchanged_pooled", "batch/long"),
+        ("shared_timestep", "batch/third"),
+    ],
+)
+def test_a_mutation_is_noticed(tmp_path, dev, dev_oracle, mutation, noticed_in):
+    check_noticed(run_plan(tmp_path, dev, DEV, mutation=mutation), noticed_in, dev_oracle)

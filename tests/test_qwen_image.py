@@ -1,7 +1,7 @@
 """Qwen-Image against diffusers.QwenImagePipeline: same seed, fp32, alone and in company of other lengths of text."""
 
 import pytest
-from still_parity import check_equal, oracle_of, run_plan
+from still_parity import check_equal, check_noticed, oracle_of, run_plan
 from tiny_qwen_image import build_tiny_qwen_image, load_pipeline, reference
 
 LONG = "a red circle moving right, a star over the sea; " * 12
@@ -39,3 +39,16 @@ def oracle(tiny):
 
 def test_it_equals_diffusers(tmp_path, tiny, oracle):
     check_equal(run_plan(tmp_path, tiny, PLAN), PLAN, oracle)
+
+
+@pytest.mark.parametrize(
+    ("mutation", "noticed_in"),
+    [
+        ("attended_padding", "batch/unguided-short"),
+        ("plain_guidance", "alone/square"),
+        ("kept_template", "alone/unguided"),
+        ("shared_timestep", "batch/third"),
+    ],
+)
+def test_a_mutation_is_noticed(tmp_path, tiny, oracle, mutation, noticed_in):
+    check_noticed(run_plan(tmp_path, tiny, PLAN, mutation=mutation), noticed_in, oracle)

@@ -199,7 +199,7 @@ class QwenImageFamily:
 
 
 def pad_text(prompts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """(1, tokens_i, dim) per row -> (B, longest, dim) and a mask (B, longest), which is None where nothing is padded."""
+    """(1, tokens_i, dim) per row -> (B, longest, dim) and a mask (B, longest), None where nothing is padded."""
     lengths = [prompt.shape[1] for prompt in prompts]
     if len(set(lengths)) == 1:
         return torch.cat(list(prompts)), None

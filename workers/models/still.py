@@ -1,6 +1,6 @@
 """What the torch halves of text-to-image families share: packed latents, the flow-matching schedule, pixels.
 
-    latents (1, C, h, w)  --pack-->  (1, h/2 * w/2, 4C)  … denoise …  --unpack-->  (1, C, h, w)
+latents (1, C, h, w)  --pack-->  (1, h/2 * w/2, 4C)  … denoise …  --unpack-->  (1, C, h, w)
 """
 
 from __future__ import annotations

@@ -58,7 +58,9 @@ class SequenceParallel:
         finally:
             self._group, self._sizes = SOLO, []
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_bias: torch.Tensor | None = None) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_bias: torch.Tensor | None = None
+    ) -> torch.Tensor:
         """(B, S/n, H, D) each -> (B, S/n, H, D), attending to all S tokens."""
         if self._group.size == 1:
             return self._attend_local(q, k, v, key_bias)
