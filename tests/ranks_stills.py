@@ -83,9 +83,9 @@ def main(folder, plan_file, out, mutate="none"):
     config = Config(model_path=folder, num_gpus=num_ranks, device="cpu", dist_timeout=60, **plan.get("config", {}))
     run = Run(Path(folder), config)
     if mutate != "none":
-        import mutations
+        import still_mutations
 
-        getattr(mutations, mutate)(run.family)
+        getattr(still_mutations, mutate)(run.family)
     for name, case in plan["cases"].items():
         run.alone(name, case)
     for names in plan.get("batches", []):
