@@ -42,6 +42,8 @@ MeshPlace = Annotated[
     str | None,
     Parameter(name="--mesh", help="Folder of the mesh, or its scheduler's endpoint; unset: the only one that runs."),
 ]
+VIDEO, PICTURES = ".mp4", (".png", ".jpg", ".jpeg", ".webp")
+"""Endings of files."""
 NO_CONFIG, NO_PARAMS, NO_OUTPUT = Config(), SamplingParams(), Output()
 
 
@@ -222,6 +224,7 @@ def prepare(
     folder, card = _card_of(config.model_path, config.revision)
     card.check_sp(config.layout.ulysses)
     resolved = None if params is None else card.check(params)
+    _check_ending(output, card, resolved)
     if config.num_gpus > 1:
         _say(f"note: layout {config.layout}")
     if config.vae_sp:
@@ -245,12 +248,22 @@ def _check_output(output: Output) -> None:
         return
     if "/" in name or "\\" in name or not name.isprintable():
         raise InvalidInput("output_file_name", f"{name!r} is no plain file name; the folder goes into --output-path")
-    if Path(name).suffix.lower() != ".mp4":
+    if Path(name).suffix.lower() not in {VIDEO, *PICTURES}:
+        endings = ", ".join(PICTURES)
         raise InvalidInput(
-            "output_file_name", f'{name!r} must end in .mp4, as in "clip.mp4"; videos are written as MP4'
+            "output_file_name", f'{name!r} must end in .mp4, as in "clip.mp4", or for a picture in one of {endings}'
         )
     if len(os.fsencode(name)) > 255:
         raise InvalidInput("output_file_name", f"{name!r} is longer than the 255 bytes that a file name may have")
+
+
+def _check_ending(output: Output, card: Card, resolved: ResolvedParams | None) -> None:
+    """A video goes into an MP4, one frame may also be a picture; an image model makes nothing else."""
+    ending = Path(output.output_file_name or "").suffix.lower()
+    if ending == VIDEO and card.task_type == "T2I":
+        raise InvalidInput("output_file_name", f"this model makes pictures; take one of {', '.join(PICTURES)}")
+    if ending in PICTURES and resolved is not None and resolved.num_frames > 1:
+        raise InvalidInput("output_file_name", f"{resolved.num_frames} frames are a video; it must end in .mp4")
 
 
 def _try_folder(folder: Path) -> None:

@@ -86,8 +86,8 @@ def main(folder, plan_file, out, mutate="none"):
         import still_mutations
 
         getattr(still_mutations, mutate)(run.family)
-    for name, case in plan["cases"].items():
-        run.alone(name, case)
+    for name in plan.get("alone", plan["cases"]):
+        run.alone(name, plan["cases"][name])
     for names in plan.get("batches", []):
         run.together(names, plan["cases"])
     assert not run.executor.states

@@ -28,7 +28,7 @@ def run_plan(tmp_path, folder, plan, num_ranks=1, mutation="none"):
 
 def ids_of(plan):
     """(request, case) of everything that a plan runs."""
-    yield from ((f"alone/{name}", name) for name in plan["cases"])
+    yield from ((f"alone/{name}", name) for name in plan.get("alone", plan["cases"]))
     yield from ((f"batch/{name}", name) for names in plan.get("batches", []) for name in names)
 
 
@@ -49,7 +49,15 @@ def check_equal(ranks, plan, oracle):
             assert (tensors[f"{request_id}/latents"] == ranks[0][f"{request_id}/latents"]).all(), "ranks differ"
 
 
-def check_noticed(ranks, request_id, oracle):
+def only(plan, request_id):
+    """As much of a plan as makes one request."""
+    where, _, name = request_id.partition("/")
+    batches = [names for names in plan["batches"] if name in names and where == "batch"]
+    return plan | {"alone": [name] if where == "alone" else [], "batches": batches}
+
+
+def check_noticed(tmp_path, folder, plan, request_id, oracle, mutation):
     """A mutation is far outside of the bound."""
+    ranks = run_plan(tmp_path, folder, only(plan, request_id), mutation=mutation)
     far = difference(ranks[0], request_id, oracle, request_id.partition("/")[2])
     assert far > 100 * BOUND, f"the mutation changed {request_id} by only {far:.1e}"

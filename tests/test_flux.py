@@ -1,5 +1,8 @@
 """FLUX.1 against diffusers.FluxPipeline: same seed, fp32, alone and in company, dev-like and schnell-like."""
 
+import json
+
+import numpy as np
 import pytest
 from still_parity import check_equal, check_noticed, oracle_of, run_plan
 from tiny_flux import build_tiny_flux, load_pipeline, reference
@@ -77,4 +80,33 @@ def test_schnell_equals_diffusers(tmp_path, schnell):
     ],
 )
 def test_a_mutation_is_noticed(tmp_path, dev, dev_oracle, mutation, noticed_in):
-    check_noticed(run_plan(tmp_path, dev, DEV, mutation=mutation), noticed_in, dev_oracle)
+    check_noticed(tmp_path, dev, DEV, noticed_in, dev_oracle, mutation)
+
+
+# ---- through the whole mesh ----------------------------------------------------------------------------------------
+
+
+def test_the_generator_makes_the_same_picture(dev, dev_oracle):
+    from framemesh import Generator, SamplingParams
+
+    with Generator.from_pretrained(str(dev), num_gpus=1) as generator:
+        for name in ("odd", "true"):
+            result = generator.generate(SamplingParams(**DEV["cases"][name]))
+            shades = result.frames[0].astype(int) - dev_oracle[name][1].astype(int)
+            assert abs(shades).max() <= 1, name
+
+
+def test_run_writes_a_png_that_says_how_it_was_made(dev, dev_oracle, tmp_path, capsys):
+    from PIL import Image
+
+    from launch.cli import main
+
+    words = {name.replace("_", "-"): str(value) for name, value in DEV["cases"]["square"].items()}
+    flags = [word for name, value in words.items() for word in (f"--{name}", value)]
+    assert main(["run", "--model-path", str(dev), "--output-path", str(tmp_path), "--port", "0", *flags]) == 0
+    (path,) = tmp_path.glob("*.png")
+    assert f"picture        {path}" in capsys.readouterr().out
+    with Image.open(path) as picture:
+        shades = np.asarray(picture).astype(int) - dev_oracle["square"][1].astype(int)
+        assert json.loads(picture.text["framemesh"])["guidance_scale"] == 4.0
+    assert abs(shades).max() <= 1

@@ -179,7 +179,8 @@ def test_who_leaves_cancels(gateway, fake):  # noqa: F811
 
 
 @pytest.mark.parametrize(
-    ("code", "status", "retry"), [("out_of_memory", 400, False), ("draining", 503, True), ("internal_error", 500, False)]
+    ("code", "status", "retry"),
+    [("out_of_memory", 400, False), ("draining", 503, True), ("internal_error", 500, False)],
 )
 def test_a_failure_is_told_and_stops_the_others(client, fake, code, status, retry):  # noqa: F811
     fake.failures = {"encode": (code, "it did not fit")}

@@ -51,4 +51,4 @@ def test_it_equals_diffusers(tmp_path, tiny, oracle):
     ],
 )
 def test_a_mutation_is_noticed(tmp_path, tiny, oracle, mutation, noticed_in):
-    check_noticed(run_plan(tmp_path, tiny, PLAN, mutation=mutation), noticed_in, oracle)
+    check_noticed(tmp_path, tiny, PLAN, noticed_in, oracle, mutation)

@@ -1,5 +1,6 @@
 """Tiny FLUX.1 pipelines in the real folder layout, every parameter random; tokenizers trained on one sentence."""
 
+import json
 import warnings
 from pathlib import Path
 
@@ -8,6 +9,8 @@ from tiny_wan import randomise
 
 CORPUS = ["a red circle moving right, a star over the sea; a big blue square, very bright!"] * 4
 CLIP_TOKENS = 77
+SMALL = {"defaults": {"height": 64, "width": 64}}
+"""The warm-up makes pictures of the default size."""
 
 
 def build_tiny_flux(folder: Path, *, distilled_guidance: bool = True) -> Path:
@@ -72,6 +75,7 @@ def build_tiny_flux(folder: Path, *, distilled_guidance: bool = True) -> Path:
         tokenizer_2=tokenizer_2,
         transformer=denoiser,
     ).save_pretrained(folder)
+    (folder / "framemesh.json").write_text(json.dumps(SMALL))
     return folder
 
 

@@ -1,10 +1,11 @@
 """A tiny Qwen-Image pipeline in the real folder layout, every parameter random; the tokenizer knows the template."""
 
+import json
 import warnings
 from pathlib import Path
 
 import torch
-from tiny_flux import CORPUS
+from tiny_flux import CORPUS, SMALL
 from tiny_wan import randomise
 
 from runtime.models.qwen_image import TEMPLATE
@@ -78,6 +79,7 @@ def build_tiny_qwen_image(folder: Path) -> Path:
     QwenImagePipeline(
         scheduler=solver, vae=vae, text_encoder=language, tokenizer=tokenizer, transformer=denoiser
     ).save_pretrained(folder)
+    (folder / "framemesh.json").write_text(json.dumps(SMALL))
     return folder
 
 
