@@ -185,7 +185,7 @@ def check_config(config: Config) -> None:
 
 
 def fit_layout(config: Config, card: Heads, branches: int) -> Config:
-    """The configuration with every degree of the layout set, now that the model is known.
+    """The configuration with the layout that suits the model, now that it is known.
 
     Args:
         config: any degrees may be unset.
@@ -202,13 +202,9 @@ def fit_layout(config: Config, card: Heads, branches: int) -> Config:
     if layout.ulysses > card.heads:
         reason = f"ulysses({layout.ulysses}) > {card.heads} attention heads; give the rest to ring_degree"
         raise InvalidInput("ulysses_degree", reason)
-    return replace(
-        config,
-        sp_degree=layout.sp,
-        ulysses_degree=layout.ulysses,
-        ring_degree=layout.ring,
-        cfg_parallel_size=layout.cfg,
-    )
+    if layout == config.layout:
+        return config
+    return replace(config, ulysses_degree=layout.ulysses, ring_degree=layout.ring)
 
 
 def save_frozen(config: Config, path: Path) -> None:
