@@ -72,13 +72,6 @@ class ImageCard:
             )
         return 1.0
 
-    def check_sp(self, ulysses: int) -> None:
-        if self.heads % ulysses:
-            degrees = [d for d in range(1, self.heads + 1) if self.heads % d == 0]
-            raise InvalidInput(
-                "ulysses_degree", f"{self.heads} attention heads do not divide by {ulysses}; take one of {degrees}"
-            )
-
     def clean_prompt(self, text: str) -> str:
         return text
 

@@ -49,7 +49,7 @@ class Family(Protocol):
     denoiser: torch.nn.Module
     sequence_plan: SequencePlan
     attention_processor: type[Any]
-    """Made from an `Attend`; replaces the processors that `sequence_plan.self_attention` names."""
+    """Made from an `Attend`; replaces the processors that `sequence_plan.attention` names."""
 
     def tokenizers(self) -> tuple[TokenizerExport, ...]:
         """What a gateway needs in order to tokenize for this model."""

@@ -21,7 +21,7 @@ from runtime.protocol import Request, TokenizerExport
 from workers.attention.backends import Attend
 from workers.models.loading import load_scheduler
 from workers.models.still import flow_solver, packed_noise, to_pixels, unpack
-from workers.parallel.sequence import SequencePlan
+from workers.parallel.sequence import SequencePlan, Split
 from workers.state import RequestState
 
 PROMPTS = {"cond": "prompt", "uncond": "negative_prompt"}
@@ -30,11 +30,22 @@ POOLED = "/pooled"
 """Behind a branch's name: its pooled embedding."""
 
 SEQUENCE_PLAN = SequencePlan(
+    split_inputs={
+        "": {
+            "hidden_states": Split("image", 1),
+            "encoder_hidden_states": Split("text", 1),
+            "img_ids": Split("image", 0),
+            "txt_ids": Split("text", 0),
+        }
+    },
     split_outputs={},
-    split_inputs={},
-    gather_outputs={},
-    self_attention=("transformer_blocks.*.attn", "single_transformer_blocks.*.attn"),
+    gather_outputs={"proj_out": Split("image", 1)},
+    attention={
+        "transformer_blocks.*.attn": ("text", "image"),
+        "single_transformer_blocks.*.attn": ("text", "image"),
+    },
 )
+"""Text and picture are split from the first embedder on, positions with them; only the picture comes out."""
 
 
 class FluxAttention:

@@ -18,10 +18,10 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from runtime.config import Config
 from runtime.models.qwen_image import MAX_TEXT_TOKENS, TEMPLATE_TOKENS, QwenImageCard
 from runtime.protocol import Request, TokenizerExport
-from workers.attention.backends import Attend
+from workers.attention.backends import Attend, as_bias
 from workers.models.loading import load_scheduler
 from workers.models.still import flow_solver, packed_noise, to_pixels, unpack
-from workers.parallel.sequence import SequencePlan
+from workers.parallel.sequence import SequencePlan, Split
 from workers.state import RequestState
 
 PROMPTS = {"cond": "prompt", "uncond": "negative_prompt"}
@@ -30,11 +30,15 @@ MAX_IDS = TEMPLATE_TOKENS + MAX_TEXT_TOKENS
 """The pipeline embeds more and cuts afterwards; its encoder is causal, so that what is cut changes nothing before."""
 
 SEQUENCE_PLAN = SequencePlan(
-    split_outputs={},
-    split_inputs={},
-    gather_outputs={},
-    self_attention=("transformer_blocks.*.attn",),
+    split_inputs={
+        "transformer_blocks.0": {"hidden_states": Split("image", 1), "encoder_hidden_states": Split("text", 1)},
+        "transformer_blocks.*": {"encoder_hidden_states_mask": Split("text", 1)},
+    },
+    split_outputs={"pos_embed": {0: Split("image", 0), 1: Split("text", 0)}},
+    gather_outputs={"proj_out": Split("image", 1)},
+    attention={"transformer_blocks.*.attn": ("text", "image")},
 )
+"""Text and picture are split before the first block, the text's mask in every block; only the picture comes out."""
 
 
 class QwenImageAttention:
@@ -66,18 +70,13 @@ class QwenImageAttention:
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(text_qkv, image_qkv, strict=True))
         bias = None
         if encoder_hidden_states_mask is not None:
-            bias = padding_bias(encoder_hidden_states_mask, hidden_states.shape[1], q.dtype)
+            keep = torch.nn.functional.pad(encoder_hidden_states_mask, (0, hidden_states.shape[1]), value=True)
+            bias = as_bias(keep, q.dtype)
         out = self._attend(q, k, v, key_bias=bias).flatten(2, 3).type_as(q)
         out_text, out_image = out.split((encoder_hidden_states.shape[1], hidden_states.shape[1]), dim=1)
         for layer in attn.to_out:
             out_image = layer(out_image)
         return out_image, attn.to_add_out(out_text)
-
-
-def padding_bias(mask: torch.Tensor, image_tokens: int, dtype: torch.dtype) -> torch.Tensor:
-    """(B, T), true for a token and false for padding -> (B, 1, 1, T + S) to add to the scores."""
-    bias = torch.zeros(mask.shape, device=mask.device, dtype=dtype).masked_fill_(~mask, -torch.inf)
-    return torch.nn.functional.pad(bias, (0, image_tokens))[:, None, None]
 
 
 def _project(
