@@ -257,6 +257,8 @@ class Release(Message, frozen=True):
     seq: int
     ranks: tuple[int, ...]
     request_ids: tuple[str, ...]
+    keep_saved: bool = False
+    """They start again: their checkpoints stay."""
 
 
 WorkItem = Encode | Denoise | Decode | Checkpoint | Release

@@ -13,14 +13,14 @@ import openai
 import pytest
 from fake_mesh import moving_frames
 from PIL import Image
-from test_gateway import eventually, fake, gateway, logs, sockets, start  # noqa: F401
+from served import eventually
 
 PATH = "/v1/images/generations"
 BODY = {"prompt": "a red square", "num_inference_steps": 4}
 
 
 @pytest.fixture
-def client(gateway):  # noqa: F811
+def client(gateway):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0)
@@ -37,7 +37,7 @@ def expected(params) -> np.ndarray:
 # ---- through OpenAI's own client -----------------------------------------------------------------------------------
 
 
-def test_the_sdk_gets_a_png(client, fake):  # noqa: F811
+def test_the_sdk_gets_a_png(client, fake):
     answer = client.images.generate(prompt="a red square", size="96x64", extra_body={"seed": 7})
     (image,) = answer.data
     picture = opened(base64.b64decode(image.b64_json))
@@ -51,7 +51,7 @@ def test_the_sdk_gets_a_png(client, fake):  # noqa: F811
     assert picture.text["parameters"].startswith("a red square\n")
 
 
-def test_several_are_made_together_and_their_seeds_count_up(client, fake):  # noqa: F811
+def test_several_are_made_together_and_their_seeds_count_up(client, fake):
     answer = client.images.generate(prompt="a", n=3, size="auto", extra_body={"seed": 2**40})
     assert [image.seed for image in answer.data] == [2**40, 2**40 + 1, 2**40 + 2]
     assert {request.params.seed for request in fake.submitted} == {image.seed for image in answer.data}
@@ -59,14 +59,14 @@ def test_several_are_made_together_and_their_seeds_count_up(client, fake):  # no
     assert {request.params.width for request in fake.submitted} == {64}
 
 
-def test_an_unset_seed_is_drawn_and_reported(client, fake):  # noqa: F811
+def test_an_unset_seed_is_drawn_and_reported(client, fake):
     seeds = {client.images.generate(prompt="a").data[0].seed for _ in range(3)}
     assert len(seeds) == 3
     assert seeds == {request.params.seed for request in fake.submitted}
 
 
 @pytest.mark.parametrize(("kind", "suffix"), [("png", "png"), ("webp", "webp"), ("jpeg", "jpeg")])
-def test_a_url_leads_to_the_file(client, gateway, fake, kind, suffix):  # noqa: F811
+def test_a_url_leads_to_the_file(client, gateway, fake, kind, suffix):
     answer = client.images.generate(prompt="a", response_format="url", output_format=kind, extra_body={"seed": 3})
     (image,) = answer.data
     assert image.b64_json is None
@@ -91,7 +91,7 @@ def test_compression_makes_it_smaller(client):
     assert sizes[1] < sizes[0]
 
 
-def test_values_that_ask_for_nothing_are_taken(client, fake):  # noqa: F811
+def test_values_that_ask_for_nothing_are_taken(client, fake):
     client.images.generate(
         prompt="a",
         model="demo",
@@ -109,7 +109,7 @@ def test_values_that_ask_for_nothing_are_taken(client, fake):  # noqa: F811
     assert len(fake.submitted) == 2
 
 
-def test_sampling_parameters_arrive(client, fake):  # noqa: F811
+def test_sampling_parameters_arrive(client, fake):
     more = {"num_inference_steps": 3, "guidance_scale": 2.5, "negative_prompt": "blue", "height": 32, "width": 48}
     client.images.generate(prompt="a", extra_body=more)
     (request,) = fake.submitted
@@ -143,7 +143,7 @@ REFUSED = [
 ]
 
 
-def test_refusals_name_the_field(gateway, fake):  # noqa: F811
+def test_refusals_name_the_field(gateway, fake):
     for changes, field, code, words in REFUSED:
         answer = gateway.http.post(PATH, json=BODY | changes)
         error = answer.json()["error"]
@@ -153,14 +153,14 @@ def test_refusals_name_the_field(gateway, fake):  # noqa: F811
     assert fake.submitted == []
 
 
-def test_an_idempotency_key_would_do_nothing(gateway, fake):  # noqa: F811
+def test_an_idempotency_key_would_do_nothing(gateway, fake):
     answer = gateway.http.post(PATH, json=BODY, headers={"Idempotency-Key": "x"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "Idempotency-Key")
     assert fake.submitted == []
 
 
 @pytest.mark.parametrize("image_id", ["image_00", "image_x", "..%2f..%2fjobs", "video_00"])
-def test_an_unknown_image_is_not_found(gateway, image_id):  # noqa: F811
+def test_an_unknown_image_is_not_found(gateway, image_id):
     answer = gateway.http.get(f"/v1/images/{image_id}/content")
     assert answer.status_code == 404
 
@@ -168,7 +168,7 @@ def test_an_unknown_image_is_not_found(gateway, image_id):  # noqa: F811
 # ---- what goes wrong on the way -----------------------------------------------------------------------------------
 
 
-def test_who_leaves_cancels(gateway, fake):  # noqa: F811
+def test_who_leaves_cancels(gateway, fake):
     fake.held = {"denoise:1"}
     with pytest.raises(httpx2.ReadTimeout):
         gateway.http.post(PATH, json=BODY | {"n": 2}, timeout=0.5)
@@ -182,7 +182,7 @@ def test_who_leaves_cancels(gateway, fake):  # noqa: F811
     ("code", "status", "retry"),
     [("out_of_memory", 400, False), ("draining", 503, True), ("internal_error", 500, False)],
 )
-def test_a_failure_is_told_and_stops_the_others(client, fake, code, status, retry):  # noqa: F811
+def test_a_failure_is_told_and_stops_the_others(client, fake, code, status, retry):
     fake.failures = {"encode": (code, "it did not fit")}
     with pytest.raises(openai.APIStatusError, match="it did not fit") as failed:
         client.images.generate(prompt="a", n=2)
@@ -191,7 +191,7 @@ def test_a_failure_is_told_and_stops_the_others(client, fake, code, status, retr
     eventually(lambda: not fake._running)
 
 
-def test_a_model_that_still_loads_says_so(fake, start, monkeypatch):  # noqa: F811
+def test_a_model_that_still_loads_says_so(fake, start, monkeypatch):
     monkeypatch.setattr("gateway.routes.images.MODEL_PATIENCE_S", 0.05)
     fake.ready = False
     answer = start().http.post(PATH, json=BODY)

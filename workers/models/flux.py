@@ -219,8 +219,7 @@ class FluxFamily:
         if "uncond" in predictions:
             uncond = predictions["uncond"].float()
             prediction = uncond + state.params.true_cfg_scale * (prediction - uncond)
-        state.latents = state.solver.step(prediction, state.timestep, state.latents, return_dict=False)[0]
-        state.step += 1
+        state.advance(prediction)
 
     def decode(self, state: RequestState) -> Iterator[torch.Tensor]:
         latents = unpack(state.latents, self.card.grid(state.params))

@@ -186,8 +186,7 @@ class QwenImageFamily:
         prediction = predictions["cond"].float()
         if "uncond" in predictions:
             prediction = rescaled_guidance(prediction, predictions["uncond"].float(), state.params.true_cfg_scale)
-        state.latents = state.solver.step(prediction, state.timestep, state.latents, return_dict=False)[0]
-        state.step += 1
+        state.advance(prediction)
 
     def decode(self, state: RequestState) -> Iterator[torch.Tensor]:
         latents = unpack(state.latents, self.card.grid(state.params)).unsqueeze(2).to(self.vae.dtype)
