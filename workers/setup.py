@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -73,5 +74,6 @@ def describe_model(
 def memory_budget(device: torch.device, ranks_on_host: int) -> int:
     """Bytes for the states of requests: what is free after loading, less room for activations."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * STATE_SHARE)
+        sharing = math.ceil(ranks_on_host / torch.cuda.device_count())
+        return int(torch.cuda.mem_get_info(device)[0] * STATE_SHARE / sharing)
     return int(psutil.virtual_memory().available * STATE_SHARE / ranks_on_host)
