@@ -75,7 +75,7 @@ def dev_oracle(dev):
 
 @pytest.mark.parametrize("layout", TWO_RANKS, ids=str)
 def test_two_ranks_equal_diffusers(tmp_path, dev, dev_oracle, layout):
-    plan = DEV | {"config": layout}
+    plan = DEV | {"config": layout, "alone": []}
     check_equal(run_plan(tmp_path, dev, plan, num_ranks=2), plan, dev_oracle)
 
 

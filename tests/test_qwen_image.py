@@ -49,7 +49,7 @@ def oracle(tiny):
 
 @pytest.mark.parametrize("layout", TWO_RANKS, ids=str)
 def test_two_ranks_equal_diffusers(tmp_path, tiny, oracle, layout):
-    plan = PLAN | {"config": layout}
+    plan = PLAN | {"config": layout, "alone": []}
     check_equal(run_plan(tmp_path, tiny, plan, num_ranks=2), plan, oracle)
 
 

@@ -13,7 +13,15 @@ SMALL = {"defaults": {"height": 64, "width": 64}}
 """The warm-up makes pictures of the default size."""
 
 
-def build_tiny_flux(folder: Path, *, distilled_guidance: bool = True) -> Path:
+def sharpen(denoiser: torch.nn.Module) -> None:
+    """Scores four times as large: where all keys weigh about the same, a wrong share of them hardly shows."""
+    with torch.no_grad():
+        for name, parameter in denoiser.named_parameters():
+            if name.endswith(("norm_q.weight", "norm_k.weight", "norm_added_q.weight", "norm_added_k.weight")):
+                parameter.mul_(2)
+
+
+def build_tiny_flux(folder: Path, *, distilled_guidance: bool = True, heads: int = 4) -> Path:
     """Save it: like dev with a guidance input and a shifted schedule, or like schnell with neither."""
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
@@ -43,7 +51,7 @@ def build_tiny_flux(folder: Path, *, distilled_guidance: bool = True) -> Path:
         num_layers=2,
         num_single_layers=2,
         attention_head_dim=16,
-        num_attention_heads=4,
+        num_attention_heads=heads,
         joint_attention_dim=24,
         pooled_projection_dim=32,
         guidance_embeds=distilled_guidance,
@@ -66,6 +74,7 @@ def build_tiny_flux(folder: Path, *, distilled_guidance: bool = True) -> Path:
     solver = FlowMatchEulerDiscreteScheduler(**(shifted if distilled_guidance else {"shift": 1.0}))
     for seed, module in enumerate((clip, t5, denoiser, vae)):
         randomise(module, seed)
+    sharpen(denoiser)
     FluxPipeline(
         scheduler=solver,
         vae=vae,

@@ -5,13 +5,13 @@ import warnings
 from pathlib import Path
 
 import torch
-from tiny_flux import CORPUS, SMALL
+from tiny_flux import CORPUS, SMALL, sharpen
 from tiny_wan import randomise
 
 from runtime.models.qwen_image import TEMPLATE
 
 
-def build_tiny_qwen_image(folder: Path) -> Path:
+def build_tiny_qwen_image(folder: Path, *, heads: int = 4) -> Path:
     """Save it. Trained on the template, the tokenizer gives it the 34 tokens that the pipeline drops."""
     from diffusers import (
         AutoencoderKLQwenImage,
@@ -53,7 +53,7 @@ def build_tiny_qwen_image(folder: Path) -> Path:
         out_channels=4,
         num_layers=3,
         attention_head_dim=16,
-        num_attention_heads=4,
+        num_attention_heads=heads,
         joint_attention_dim=32,
         axes_dims_rope=(4, 6, 6),
     )
@@ -76,6 +76,7 @@ def build_tiny_qwen_image(folder: Path) -> Path:
     )
     for seed, module in enumerate((language, denoiser, vae)):
         randomise(module, seed)
+    sharpen(denoiser)
     QwenImagePipeline(
         scheduler=solver, vae=vae, text_encoder=language, tokenizer=tokenizer, transformer=denoiser
     ).save_pretrained(folder)

@@ -84,9 +84,13 @@ def _project(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """q, k and v of one stream, (B, S, H, D) each, with its own projections and positions."""
     q, k, v = (project(x).unflatten(-1, (heads, -1)) for project in (to_q, to_k, to_v))
-    q = apply_rotary_emb_qwen(norm_q(q), angles, use_real=False)
-    k = apply_rotary_emb_qwen(norm_k(k), angles, use_real=False)
-    return q, k, v
+    return _rotate(norm_q(q), angles), _rotate(norm_k(k), angles), v
+
+
+def _rotate(x: torch.Tensor, angles: torch.Tensor) -> torch.Tensor:
+    """diffusers' own; a small picture may leave a rank without any of its tokens, which that cannot reshape."""
+    rotated: torch.Tensor = apply_rotary_emb_qwen(x, angles, use_real=False) if x.shape[1] else x
+    return rotated
 
 
 @dataclass
