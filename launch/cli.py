@@ -18,8 +18,9 @@ import msgspec
 from cyclopts import App, CycloptsError, Parameter
 
 from launch.options import Output, take_in
-from runtime.config import Config, check_config
+from runtime.config import Config, check_config, fit_layout
 from runtime.errors import FramemeshError, InvalidInput
+from runtime.layout import describe_layout
 from runtime.sampling import ResolvedParams, SamplingParams
 
 if TYPE_CHECKING:
@@ -46,6 +47,8 @@ CurveDir = Annotated[
     str | None,
     Parameter(name="--curve-dir", env_var="FRAMEMESH_CURVE_DIR", help="Folder of the keys for sockets between hosts."),
 ]
+VIDEO, PICTURES = ".mp4", (".png", ".jpg", ".jpeg", ".webp")
+"""Endings of files."""
 NO_CONFIG, NO_PARAMS, NO_OUTPUT = Config(), SamplingParams(), Output()
 
 
@@ -96,10 +99,10 @@ def serve(*, config: ConfigFlags = NO_CONFIG, config_file: ConfigFile = None, dr
     """Serve a model over HTTP; a signal drains it, a second one stops it at once."""
     ready = prepare(config, http=True)
     if dry_run:
-        return _print_plan(config, ready)
+        return _print_plan(ready)
     from launch.serve import serve as serve_until_signal
 
-    return serve_until_signal(config, ready.folder)
+    return serve_until_signal(ready.config, ready.folder)
 
 
 def generate(
@@ -113,10 +116,10 @@ def generate(
     """Generate once, without an HTTP server."""
     ready = prepare(config, params, output)
     if dry_run:
-        return _print_plan(config, ready)
+        return _print_plan(ready)
     from launch.serve import generate_once
 
-    code = generate_once(config, ready.folder, params, output.output_file_name, bool(output.save_output))
+    code = generate_once(ready.config, ready.folder, params, output.output_file_name, bool(output.save_output))
     if code == 0 and not output.save_output:
         _say(f"note: nothing was saved; with --save-output the video goes to {config.output_path}")
     return code
@@ -135,7 +138,7 @@ def run(
     ready = prepare(config, params, output, http=True)
     from launch.serve import run_once
 
-    return run_once(config, ready.folder, params, output.output_file_name)
+    return run_once(ready.config, ready.folder, params, output.output_file_name)
 
 
 def top(
@@ -258,6 +261,8 @@ def _use_keys(curve_dir: str | None) -> None:
 class Prepared:
     """A model and a request that have passed every check that needs no weights."""
 
+    config: Config
+    """With the layout that fits the model."""
     folder: Path
     card: Card
     resolved: ResolvedParams | None
@@ -277,13 +282,20 @@ def prepare(
     if http:
         try_port(config.host, config.port)
     folder, card = _card_of(config.model_path, config.revision)
-    card.check_sp(config.layout.ulysses)
+    config = _fit_layout(config, card)
     resolved = None if params is None else card.check(params)
+    _check_ending(output, card, resolved)
     if config.num_gpus > 1:
-        _say(f"note: layout {config.layout}")
+        _say("note: " + "\n".join(describe_layout(config.layout, card)))
     if config.vae_sp:
         _say("note: vae_sp: the decode still runs on one rank; spreading it is not available yet")
-    return Prepared(folder, card, resolved)
+    return Prepared(config, folder, card, resolved)
+
+
+def _fit_layout(config: Config, card: Card) -> Config:
+    from runtime.models.card import most_branches
+
+    return fit_layout(config, card, most_branches(card))
 
 
 def _card_of(model_path: str, revision: str | None) -> tuple[Path, Card]:
@@ -302,12 +314,22 @@ def _check_output(output: Output) -> None:
         return
     if "/" in name or "\\" in name or not name.isprintable():
         raise InvalidInput("output_file_name", f"{name!r} is no plain file name; the folder goes into --output-path")
-    if Path(name).suffix.lower() != ".mp4":
+    if Path(name).suffix.lower() not in {VIDEO, *PICTURES}:
+        endings = ", ".join(PICTURES)
         raise InvalidInput(
-            "output_file_name", f'{name!r} must end in .mp4, as in "clip.mp4"; videos are written as MP4'
+            "output_file_name", f'{name!r} must end in .mp4, as in "clip.mp4", or for a picture in one of {endings}'
         )
     if len(os.fsencode(name)) > 255:
         raise InvalidInput("output_file_name", f"{name!r} is longer than the 255 bytes that a file name may have")
+
+
+def _check_ending(output: Output, card: Card, resolved: ResolvedParams | None) -> None:
+    """A video goes into an MP4, one frame may also be a picture; an image model makes nothing else."""
+    ending = Path(output.output_file_name or "").suffix.lower()
+    if ending == VIDEO and card.task_type == "T2I":
+        raise InvalidInput("output_file_name", f"this model makes pictures; take one of {', '.join(PICTURES)}")
+    if ending in PICTURES and resolved is not None and resolved.num_frames > 1:
+        raise InvalidInput("output_file_name", f"{resolved.num_frames} frames are a video; it must end in .mp4")
 
 
 def try_folder(folder: Path) -> None:
@@ -349,8 +371,8 @@ def _bind_fault(host: str, port: int, error: OSError) -> InvalidInput:
     return InvalidInput("host", f"{host} cannot be listened on: {error.strerror}")
 
 
-def _print_plan(config: Config, ready: Prepared) -> int:
-    layout = config.layout
+def _print_plan(ready: Prepared) -> int:
+    config, layout = ready.config, ready.config.layout
     plan: dict[str, Any] = {
         "model": {"folder": str(ready.folder), **_describe(ready.card)},
         "layout": {"cfg": layout.cfg, "ring": layout.ring, "ulysses": layout.ulysses, "ranks": layout.num_ranks},

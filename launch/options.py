@@ -25,9 +25,9 @@ class Output:
     """What becomes of the frames of `generate` and `run`."""
 
     output_file_name: str | None = None
-    """Name of the video inside --output-path, ending in .mp4; unset: a name of its own."""
+    """Name of the result inside --output-path, ending in .mp4 (a picture: .png, .jpg, .webp); unset: one of its own."""
     save_output: bool | None = None
-    """Write the video to disk; `run` always does."""
+    """Write the result to disk; `run` always does."""
     return_frames: bool = False
     """Hand the raw frames back: in the Python SDK only."""
 

@@ -55,7 +55,7 @@ class Supervisor:
 
     def __init__(self, config: Config, folder: Path, *, with_gateway: bool, quiet: bool) -> None:
         """`quiet` sends what the children log to files, whose end is shown if one of them fails."""
-        self._devices = pick_devices(config.num_gpus, config.device)
+        self._devices = pick_devices(config.num_gpus, config.device, share=config.dist_backend == "staged")
         self.config = replace(config, device=self._devices.kind)
         self.devices_reason = self._devices.reason
         self._model_folder = folder

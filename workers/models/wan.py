@@ -25,17 +25,17 @@ from runtime.models.wan import TEXT_TOKENS
 from runtime.protocol import Request, TokenizerExport
 from workers.attention.backends import Attend
 from workers.models.loading import load_scheduler
-from workers.parallel.sequence import SequencePlan
+from workers.parallel.sequence import SequencePlan, Split
 from workers.state import RequestState
 
 PROMPTS = {"cond": "prompt", "uncond": "negative_prompt"}
 """Guidance branch -> the request's text for it."""
 
 SEQUENCE_PLAN = SequencePlan(
-    split_outputs={"rope": 1},
-    split_inputs={"blocks.0": (0, 1)},
-    gather_outputs={"proj_out": 1},
-    self_attention=("blocks.*.attn1",),
+    split_inputs={"blocks.0": {"hidden_states": Split("video", 1)}},
+    split_outputs={"rope": {0: Split("video", 1), 1: Split("video", 1)}},
+    gather_outputs={"proj_out": Split("video", 1)},
+    attention={"blocks.*.attn1": ("video",)},
 )
 """Video tokens are split before the first block and gathered after the last projection; text stays whole."""
 
