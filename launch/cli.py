@@ -224,6 +224,8 @@ def prepare(
     resolved = None if params is None else card.check(params)
     if config.num_gpus > 1:
         _say(f"note: layout {config.layout}")
+    if config.use_fsdp_inference and config.num_gpus == 1:
+        _say("note: use_fsdp_inference: one rank has nobody to share its weights with; it holds all of them")
     if config.vae_sp:
         _say("note: vae_sp: the decode still runs on one rank; spreading it is not available yet")
     return Prepared(folder, card, resolved)

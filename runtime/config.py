@@ -62,6 +62,9 @@ class Config:
     dist_timeout: int = 600
     """Seconds after which a collective that hangs is an error."""
 
+    use_fsdp_inference: bool = False
+    """Every rank holds 1/N of the denoiser's and the text encoders' weights (FSDP2) instead of all of them."""
+
     dit_precision: Precision | None = None
     """Precision of the denoiser; unset: bf16 on CUDA, fp32 on CPU."""
     vae_precision: Precision | None = None

@@ -15,6 +15,8 @@ from workers.attention.backends import choose
 from workers.executor import Executor
 from workers.frames import FrameSender
 from workers.models.family import Family, Precisions, load_family
+from workers.models.loading import Loader
+from workers.parallel.fsdp import shard_mesh
 from workers.parallel.groups import init_distributed, make_groups
 from workers.parallel.sequence import SequenceParallel
 
@@ -38,7 +40,8 @@ def build_executor(
     if layout.num_ranks > 1:
         init_distributed(device, config.dist_timeout, generation)
     groups = make_groups(layout, rank)
-    family, precisions = load_family(folder, card, config, device)
+    mesh = shard_mesh(layout.num_ranks, device) if config.use_fsdp_inference else None
+    family, precisions = load_family(folder, card, config, Loader(device, mesh))
     attend = choose(config.attention_backend)
     sequence = SequenceParallel(family.denoiser, family.sequence_plan, attend, family.attention_processor)
     return Executor(family, card, sequence, groups, sender.send), family, precisions

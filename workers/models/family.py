@@ -16,6 +16,7 @@ import torch
 from runtime.config import Config
 from runtime.models.card import Card
 from runtime.protocol import Request, TokenizerExport
+from workers.models.loading import Loader
 from workers.models.wan import WanFamily
 from workers.parallel.sequence import SequencePlan
 from workers.state import RequestState
@@ -74,9 +75,9 @@ class Family(Protocol):
         ...
 
 
-def load_family(folder: Path, card: Card, config: Config, device: torch.device) -> tuple[Family, Precisions]:
-    """The family's modules with their weights on the device."""
-    precisions = Precisions.resolve(config, device)
+def load_family(folder: Path, card: Card, config: Config, loader: Loader) -> tuple[Family, Precisions]:
+    """The family's modules with their weights on the device, or this rank's share of them."""
+    precisions = Precisions.resolve(config, loader.device)
     dtypes = {name: DTYPES[getattr(precisions, name)] for name in ("dit", "vae", "text_encoder")}
     assert card.family == "wan", card.family
-    return WanFamily.load(folder, card, config, device, dtypes), precisions
+    return WanFamily.load(folder, card, config, loader, dtypes), precisions

@@ -24,7 +24,7 @@ from runtime.models.card import Card
 from runtime.models.wan import TEXT_TOKENS
 from runtime.protocol import Request, TokenizerExport
 from workers.attention.backends import Attend
-from workers.models.loading import load_scheduler
+from workers.models.loading import Loader, load_scheduler
 from workers.parallel.sequence import SequencePlan
 from workers.state import RequestState
 
@@ -150,16 +150,10 @@ class WanFamily:
     attention_processor: type[Any] = WanAttention
 
     @staticmethod
-    def load(
-        folder: Path, card: Card, config: Config, device: torch.device, dtypes: dict[str, torch.dtype]
-    ) -> WanFamily:
-        text_encoder = UMT5EncoderModel.from_pretrained(
-            folder / "text_encoder", dtype=dtypes["text_encoder"], use_safetensors=True
-        )
-        denoiser = WanTransformer3DModel.from_pretrained(
-            folder / "transformer", dtype=dtypes["dit"], use_safetensors=True
-        )
-        vae = AutoencoderKLWan.from_pretrained(folder / "vae", dtype=dtypes["vae"], use_safetensors=True)
+    def load(folder: Path, card: Card, config: Config, loader: Loader, dtypes: dict[str, torch.dtype]) -> WanFamily:
+        text_encoder = loader.text_encoder(UMT5EncoderModel, folder / "text_encoder", dtypes["text_encoder"])
+        denoiser = loader.denoiser(WanTransformer3DModel, folder / "transformer", dtypes["dit"])
+        vae = loader.whole(AutoencoderKLWan, folder / "vae", dtypes["vae"])
         text = FoldedText()
         for block in denoiser.blocks:
             block.attn2.set_processor(TextAttention(text))
@@ -170,11 +164,11 @@ class WanFamily:
             vae.enable_tiling(config.vae_config.tile_sample_min_height, config.vae_config.tile_sample_min_width)
         return WanFamily(
             card=card,
-            device=device,
+            device=loader.device,
             tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-            text_encoder=text_encoder.to(device).eval(),
-            denoiser=denoiser.to(device).eval(),
-            vae=vae.to(device).eval(),
+            text_encoder=text_encoder,
+            denoiser=denoiser,
+            vae=vae,
             solver=load_scheduler(folder),
             text=text,
         )
