@@ -10,6 +10,7 @@ import os
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -224,11 +225,21 @@ def prepare(
     resolved = None if params is None else card.check(params)
     if config.num_gpus > 1:
         _say(f"note: layout {config.layout}")
-    if config.use_fsdp_inference and config.num_gpus == 1:
-        _say("note: use_fsdp_inference: one rank has nobody to share its weights with; it holds all of them")
-    if config.vae_sp:
-        _say("note: vae_sp: the decode still runs on one rank; spreading it is not available yet")
+    for note in _notes(config):
+        _say(f"note: {note}")
     return Prepared(folder, card, resolved)
+
+
+def _notes(config: Config) -> Iterator[str]:
+    """What was asked for and changes nothing, or something else, with the reason."""
+    if config.use_fsdp_inference and config.num_gpus == 1:
+        yield "use_fsdp_inference: one rank has nobody to share its weights with; it holds all of them"
+    if config.vae_sp and config.num_gpus == 1:
+        yield "vae_sp: one rank decodes alone"
+    if config.vae_sp and config.vae_tiling and config.num_gpus > 1:
+        yield "vae_tiling: with vae_sp the ranks decode strips of rows, which need no tiles and no blending"
+    if config.vae_slicing:
+        yield "vae_slicing: decodes take one request and one latent frame at a time anyway"
 
 
 def _card_of(model_path: str, revision: str | None) -> tuple[Path, Card]:

@@ -60,7 +60,6 @@ LATER: dict[str, Later] = {
     "lora_path": _value(_LORA),
     "lora_nickname": _value(_LORA, "default"),
     "vae_path": _value("a VAE from elsewhere is not available yet; the model folder's own is used"),
-    "vae_slicing": _switch("VAE slicing is not available yet; --vae-tiling lowers the memory of a decode"),
     "pipeline_class_name": _value("choosing the pipeline class is not available yet; the model folder names it"),
     "trust_remote_code": _switch("code from a model folder is never run"),
     "diffusers_attention_backend": _value(_DIFFUSERS),

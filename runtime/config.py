@@ -75,8 +75,10 @@ class Config:
     """Attention kernel of the denoiser."""
     vae_tiling: bool = False
     """Decode frames above the tile size tile by tile, as the VAE's own tiled decode does."""
+    vae_slicing: bool = False
+    """Decode one request at a time, to save memory; every decode here does, so this changes nothing."""
     vae_sp: bool = False
-    """Ask for the VAE decode to be spread over the ranks."""
+    """Decode over all ranks, each of which decodes a strip of rows of every frame; tiles are then not needed."""
     vae_config: VaeConfig = field(default_factory=VaeConfig)
     """Parts and tiles of the VAE."""
 

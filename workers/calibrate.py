@@ -55,7 +55,7 @@ def _decode(executor: Executor, family: Family, params: ResolvedParams, request_
     """Mean seconds of a chunk, as an item's chunks are predicted; sends no frames."""
     with torch.inference_mode():
         started = time.monotonic()
-        chunks = [chunk.cpu() for chunk in family.decode(executor.states[request_id])]
+        chunks = [chunk.cpu() for chunk in family.decode(executor.states[request_id], executor.decode_group)]
         seconds = (time.monotonic() - started) / len(chunks)
     return [Measurement("decode", params, 1, seconds)]
 

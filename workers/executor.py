@@ -10,6 +10,7 @@ import torch
 from runtime.models.card import Card
 from runtime.protocol import Decode, Denoise, Encode, FramesChunk, Release, WorkItem
 from workers.models.family import Family
+from workers.parallel.comm import Group
 from workers.parallel.groups import Groups
 from workers.parallel.sequence import SOLO, SequenceParallel
 from workers.state import RequestState
@@ -28,6 +29,8 @@ class Executor:
         self, family: Family, card: Card, sequence: SequenceParallel, groups: Groups, send_frames: SendFrames
     ) -> None:
         self.states: dict[str, RequestState] = {}
+        self.decode_group: Group = SOLO
+        """With whom this rank decodes when an item names several ranks."""
         self._family = family
         self._card = card
         self._sequence = sequence
@@ -84,8 +87,9 @@ class Executor:
 
     def _decode(self, item: Decode) -> None:
         state = self.states[item.request_id]
+        group = self.decode_group if len(item.ranks) > 1 else SOLO
         if state.decoder is None:
-            state.decoder = self._family.decode(state)
+            state.decoder = self._family.decode(state, group)
         decoder = state.decoder
         for _ in range(item.chunks):
             since = time.monotonic()
@@ -106,4 +110,5 @@ class Executor:
             if state.frames_sent == state.params.num_frames:
                 # The VAE's cache is most of what a request holds, and nobody needs it any more.
                 state.decoder = None
-            self._send_frames(item.endpoint, header, frames)
+            if group.rank == 0:
+                self._send_frames(item.endpoint, header, frames)

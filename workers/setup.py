@@ -44,7 +44,10 @@ def build_executor(
     family, precisions = load_family(folder, card, config, Loader(device, mesh))
     attend = choose(config.attention_backend)
     sequence = SequenceParallel(family.denoiser, family.sequence_plan, attend, family.attention_processor)
-    return Executor(family, card, sequence, groups, sender.send), family, precisions
+    executor = Executor(family, card, sequence, groups, sender.send)
+    if config.vae_sp:
+        executor.decode_group = groups.ulysses
+    return executor, family, precisions
 
 
 def describe_model(

@@ -25,7 +25,9 @@ from runtime.models.wan import TEXT_TOKENS
 from runtime.protocol import Request, TokenizerExport
 from workers.attention.backends import Attend
 from workers.models.loading import Loader, load_scheduler
-from workers.parallel.sequence import SequencePlan
+from workers.parallel.comm import Group
+from workers.parallel.sequence import SOLO, SequencePlan
+from workers.parallel.vae import StripParallel, my_strip, strip_rows, whole_frames
 from workers.state import RequestState
 
 PROMPTS = {"cond": "prompt", "uncond": "negative_prompt"}
@@ -146,6 +148,7 @@ class WanFamily:
     vae: Any
     solver: Any
     text: FoldedText
+    strips: StripParallel
     sequence_plan: SequencePlan = SEQUENCE_PLAN
     attention_processor: type[Any] = WanAttention
 
@@ -171,6 +174,7 @@ class WanFamily:
             vae=vae,
             solver=load_scheduler(folder),
             text=text,
+            strips=StripParallel(vae.decoder),
         )
 
     @property
@@ -233,16 +237,22 @@ class WanFamily:
         state.latents = state.solver.step(prediction, state.timestep, state.latents, return_dict=False)[0]
         state.step += 1
 
-    def decode(self, state: RequestState) -> Iterator[torch.Tensor]:
+    def decode(self, state: RequestState, group: Group = SOLO) -> Iterator[torch.Tensor]:
         latents = state.latents.to(self.vae.dtype)
         config = self.vae.config
         mean = latents.new_tensor(config.latents_mean).view(1, -1, 1, 1, 1)
         std = 1.0 / latents.new_tensor(config.latents_std).view(1, -1, 1, 1, 1)
-        decoder = StreamDecoder(self.vae, latents / std + mean)
+        rows = strip_rows(latents.shape[-2], group)
+        if len(rows) == 1:
+            group = SOLO
+        # Strips are what tiles are for, less memory per rank, and they blend nothing.
+        decoder = StreamDecoder(self.vae, my_strip(latents / std + mean, rows, group), tiling=group.size == 1)
         for index in range(latents.shape[2]):
-            pixels = decoder.frame(index)
+            with self.strips.over(group, rows):
+                pixels = decoder.frame(index)
             unit = (pixels[0] * 0.5 + 0.5).clamp(0, 1)
-            yield (unit.float() * 255).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+            strip = (unit.float() * 255).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+            yield whole_frames(strip, rows, group) if group.size > 1 else strip
 
 
 class StreamDecoder:
@@ -252,9 +262,10 @@ class StreamDecoder:
     a frame larger than the tile, every tile has a cache of its own and frames are blended as `vae.tiled_decode` does.
     """
 
-    def __init__(self, vae: Any, latents: torch.Tensor) -> None:
+    def __init__(self, vae: Any, latents: torch.Tensor, *, tiling: bool = True) -> None:
         self._vae = vae
         self._latents = latents
+        self._tiling = tiling and vae.use_tiling
         self._windows = self._tile_windows()
         convolutions = sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
         self._caches = [[[None] * convolutions for _ in row] for row in self._windows]
@@ -280,7 +291,7 @@ class StreamDecoder:
         height, width = self._latents.shape[-2:]
         vae, ratio = self._vae, self._vae.spatial_compression_ratio
         tile_h, tile_w = vae.tile_sample_min_height // ratio, vae.tile_sample_min_width // ratio
-        if not vae.use_tiling or (height <= tile_h and width <= tile_w):
+        if not self._tiling or (height <= tile_h and width <= tile_w):
             return [[(slice(None), slice(None))]]
         rows = range(0, height, vae.tile_sample_stride_height // ratio)
         columns = range(0, width, vae.tile_sample_stride_width // ratio)
