@@ -19,8 +19,9 @@ import msgspec
 from cyclopts import App, CycloptsError, Parameter
 
 from launch.options import Output, take_in
-from runtime.config import DEMO_MODEL, Config, check_config
+from runtime.config import DEMO_MODEL, Config, check_config, fit_layout
 from runtime.errors import FramemeshError, InvalidInput
+from runtime.layout import describe_layout
 from runtime.sampling import ResolvedParams, SamplingParams
 
 if TYPE_CHECKING:
@@ -103,10 +104,10 @@ def serve(
     """Serve a model over HTTP until a signal."""
     ready = prepare(config, http=True)
     if dry_run:
-        return _print_plan(config, ready)
+        return _print_plan(ready)
     from launch.serve import serve as serve_until_signal
 
-    return serve_until_signal(config, ready.folder)
+    return serve_until_signal(ready.config, ready.folder)
 
 
 def generate(
@@ -120,10 +121,10 @@ def generate(
     """Generate once, without an HTTP server."""
     ready = prepare(config, params, output)
     if dry_run:
-        return _print_plan(config, ready)
+        return _print_plan(ready)
     from launch.serve import generate_once
 
-    code = generate_once(config, ready.folder, params, output.output_file_name, bool(output.save_output))
+    code = generate_once(ready.config, ready.folder, params, output.output_file_name, bool(output.save_output))
     if code == 0 and not output.save_output:
         _say(f"note: nothing was saved; with --save-output the video goes to {config.output_path}")
     return code
@@ -142,7 +143,7 @@ def run(
     ready = prepare(config, params, output, http=True)
     from launch.serve import run_once
 
-    return run_once(config, ready.folder, params, output.output_file_name)
+    return run_once(ready.config, ready.folder, params, output.output_file_name)
 
 
 def tune(
@@ -268,6 +269,8 @@ def env() -> int:
 class Prepared:
     """A model and a request that have passed every check that needs no weights."""
 
+    config: Config
+    """With the layout that fits the model."""
     folder: Path
     card: Card
     resolved: ResolvedParams | None
@@ -287,13 +290,19 @@ def prepare(
     if http:
         _try_port(config.host, config.port)
     folder, card = _card_of(config.model_path, config.revision)
-    card.check_sp(config.layout.ulysses)
+    config = _fit_layout(config, card)
     resolved = None if params is None else card.check(params)
     if config.num_gpus > 1:
-        _say(f"note: layout {config.layout}")
+        _say("note: " + "\n".join(describe_layout(config.layout, card)))
     for note in _notes(config):
         _say(f"note: {note}")
-    return Prepared(folder, card, resolved)
+    return Prepared(config, folder, card, resolved)
+
+
+def _fit_layout(config: Config, card: Card) -> Config:
+    from runtime.models.card import most_branches
+
+    return fit_layout(config, card, most_branches(card))
 
 
 def _notes(config: Config) -> Iterator[str]:
@@ -371,8 +380,8 @@ def _bind_fault(host: str, port: int, error: OSError) -> InvalidInput:
     return InvalidInput("host", f"{host} cannot be listened on: {error.strerror}")
 
 
-def _print_plan(config: Config, ready: Prepared) -> int:
-    layout = config.layout
+def _print_plan(ready: Prepared) -> int:
+    config, layout = ready.config, ready.config.layout
     plan: dict[str, Any] = {
         "model": {"folder": str(ready.folder), **_describe(ready.card)},
         "layout": {"cfg": layout.cfg, "ring": layout.ring, "ulysses": layout.ulysses, "ranks": layout.num_ranks},

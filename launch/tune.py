@@ -64,8 +64,8 @@ def tune(
     tuner = Tuner(card, configs, read_weights(folder, constants.element), constants)
     ranked = tuner.rank(resolved, config.num_gpus)
     # The next best on paper may be the best in truth; one that does not fit is not tried.
-    tried = [p.candidate for p in ranked if p.fits][: 0 if dry_run else measure]
-    measured = {m.candidate: m for m in _measure_all(config, folder, params, tried)}
+    tried = [p.candidate for p in ranked if p.fits and not dry_run]
+    measured = {m.candidate: m for m in _measure(config, folder, params, tried, measure)}
     best = _winner(ranked, measured)
     console = Console()
     console.print(_table(ranked, measured, best))
@@ -161,14 +161,18 @@ def _shapes(card: Card, params: SamplingParams) -> list[ResolvedParams]:
 # ---- measuring ---------------------------------------------------------------------------------------------------
 
 
-def _measure_all(
-    config: Config, folder: Path, params: SamplingParams, candidates: Sequence[Candidate]
+def _measure(
+    config: Config, folder: Path, params: SamplingParams, candidates: Sequence[Candidate], wanted: int
 ) -> Iterator[Measured]:
-    for number, candidate in enumerate(candidates, 1):
-        _say(f"measuring {number} of {len(candidates)}: {candidate}")
+    """The first `wanted` that run, and those before them that do not."""
+    for candidate in candidates:
+        if not wanted:
+            return
+        _say(f"measuring {candidate}")
         try:
             found = Measured(candidate, _seconds_per_step(config, folder, params, candidate))
             _say(f"  {found.seconds:.4g} s per step")
+            wanted -= 1
         except FramemeshError as error:
             found = Measured(candidate, refused=str(error))
             _say(f"  no time: {error}")

@@ -73,9 +73,10 @@ def work_of(card: Card, configs: Configs, params: ResolvedParams) -> Work:
 
 
 def forwards(work: Work, layout: Layout) -> int:
-    """Of one group in one step: branches share a forward while it is small."""
-    mine = -(-work.branches // layout.cfg)
-    return 1 if work.tokens * mine <= JOINT_TOKENS else mine
+    """Of one group in one step: without guidance groups branches share a forward while it is small."""
+    if layout.cfg == 1 and work.tokens * work.branches <= JOINT_TOKENS:
+        return 1
+    return -(-work.branches // layout.cfg)
 
 
 def step_traffic(work: Work, layout: Layout, element: int, *, weight_bytes: float = 0.0, blocks: int = 0) -> Traffic:

@@ -265,7 +265,9 @@ def crossovers(tuner: Tuner, shapes: Sequence[ResolvedParams], params: ResolvedP
     lines = []
     if num_ranks > 1:
         at = crossover(tuner, shapes, num_ranks, lambda x: x.ring > 1 and x.cfg == 1, lambda x: x.ring == x.cfg == 1)
-        lines.append(f"layouts with ring beat pure Ulysses {_from(at, f'nowhere up to {tuner.card.tokens(shapes[-1])} tokens')}")
+        lines.append(
+            f"layouts with ring beat pure Ulysses {_from(at, f'nowhere up to {tuner.card.tokens(shapes[-1])} tokens')}"
+        )
         whole, shared = (
             min(tuner.memory(c, params) for c in tuner.candidates(params, num_ranks) if c.fsdp == fsdp) / (1 - RESERVE)
             for fsdp in (False, True)

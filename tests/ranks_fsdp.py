@@ -173,7 +173,7 @@ def mutate(name):
 
 def main(case, folder, out, mutation):
     mutate(mutation)
-    init_distributed(CPU, 60, 0)
+    init_distributed("gloo", 60, 0)
     setup.init_distributed = lambda *_: None
     report = {"parity": parity, "memory": memory}[case](folder, out)
     (Path(out) / f"rank{RANK}.json").write_text(json.dumps(report))

@@ -125,7 +125,7 @@ def mutate(name):
 
 @torch.inference_mode()
 def main(folder, out, mutation):
-    init_distributed(CPU, 60, 0)
+    init_distributed("gloo", 60, 0)
     setup.init_distributed = lambda *_: None
     mutate(mutation)
     tensors = modules(Group(NUM_RANKS, RANK, torch.distributed.group.WORLD))

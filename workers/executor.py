@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 
+from runtime.layout import Layout, layout_for
 from runtime.models.card import Card
 from runtime.protocol import Decode, Denoise, Encode, FramesChunk, Release, WorkItem
 from workers.models.family import Family
-from workers.parallel.comm import Group
+from workers.parallel.cfg import branches_of, gather_branches
+from workers.parallel.comm import ALONE, Group
 from workers.parallel.groups import Groups
-from workers.parallel.sequence import SOLO, SequenceParallel
+from workers.parallel.sequence import SequenceParallel
 from workers.state import RequestState
 
 SendFrames = Callable[[str, FramesChunk, torch.Tensor], None]
@@ -26,10 +28,15 @@ class Executor:
     """The states of the requests on this rank, and the modules that work on them."""
 
     def __init__(
-        self, family: Family, card: Card, sequence: SequenceParallel, groups: Groups, send_frames: SendFrames
+        self,
+        family: Family,
+        card: Card,
+        sequence: SequenceParallel,
+        groups: Mapping[Layout, Groups],
+        send_frames: SendFrames,
     ) -> None:
         self.states: dict[str, RequestState] = {}
-        self.decode_group: Group = SOLO
+        self.decode_group: Group = ALONE
         """With whom this rank decodes when an item names several ranks."""
         self._family = family
         self._card = card
@@ -63,31 +70,37 @@ class Executor:
     def _denoise(self, item: Denoise) -> None:
         since = time.monotonic()
         states = [self.states[request_id] for request_id in item.request_ids]
-        group = self._groups.ulysses if item.layout.sp > 1 else SOLO
-        with self._sequence.over(group):
-            for _ in range(item.steps):
-                self.step(states)
+        for _ in range(item.steps):
+            self.step(states, item.layout)
         for state in states:
             state.spend("denoise", since)
 
-    def step(self, states: list[RequestState]) -> None:
+    def step(self, states: list[RequestState], layout: Layout) -> None:
         """One denoising step of a batch: inputs -> forward -> guidance and solver, each request on its own schedule."""
         branches = self._card.branches(states[0].params, states[0].step)
-        predictions: dict[str, torch.Tensor] = {}
-        for together in self._forwards(states, branches):
-            output = self._family.denoiser(**self._family.inputs(states, together))[0]
-            predictions |= dict(zip(together, output.split(len(states)), strict=True))
+        # A step may need fewer branches than the item's layout has groups for them.
+        groups = self._groups[layout_for(layout, len(branches), self._card)]
+        mine: dict[str, torch.Tensor] = {}
+        with self._sequence.over(groups):
+            for together in self._forwards(states, branches_of(branches, groups.cfg), groups):
+                output = self._family.denoiser(**self._family.inputs(states, together))[0]
+                mine |= dict(zip(together, output.split(len(states)), strict=True))
+        predictions = gather_branches(mine, branches, groups.cfg)
         for row, state in enumerate(states):
             self._family.advance(state, {branch: rows[row : row + 1] for branch, rows in predictions.items()})
 
-    def _forwards(self, states: list[RequestState], branches: tuple[str, ...]) -> list[tuple[str, ...]]:
-        """Which branches share a forward; decided from sizes alone, so that every rank and every run agree."""
+    def _forwards(self, states: list[RequestState], branches: tuple[str, ...], groups: Groups) -> list[tuple[str, ...]]:
+        """Which branches share a forward; decided from sizes alone, so that every rank and every run agree.
+
+        With guidance groups each branch runs alone, as it does without them above the limit: equal to the bit.
+        """
         tokens = self._card.tokens(states[0].params) * len(states) * len(branches)
-        return [branches] if tokens <= JOINT_TOKENS else [(branch,) for branch in branches]
+        together = groups.cfg.size == 1 and tokens <= JOINT_TOKENS
+        return [branches] if together else [(branch,) for branch in branches]
 
     def _decode(self, item: Decode) -> None:
         state = self.states[item.request_id]
-        group = self.decode_group if len(item.ranks) > 1 else SOLO
+        group = self.decode_group if len(item.ranks) > 1 else ALONE
         if state.decoder is None:
             state.decoder = self._family.decode(state, group)
         decoder = state.decoder

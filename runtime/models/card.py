@@ -37,12 +37,13 @@ class Card(Protocol):
         """How frames leave the VAE: "per latent frame", "per temporal tile" or "in one piece"."""
         ...
 
-    def check(self, params: SamplingParams) -> ResolvedParams:
-        """Fill in defaults and refuse what the family cannot make; raises `InvalidInput`."""
+    @property
+    def heads(self) -> int:
+        """Attention heads of the denoiser: what Ulysses splits."""
         ...
 
-    def check_sp(self, ulysses: int) -> None:
-        """Refuse a Ulysses degree that the model's heads do not divide by; raises `InvalidInput`."""
+    def check(self, params: SamplingParams) -> ResolvedParams:
+        """Fill in defaults and refuse what the family cannot make; raises `InvalidInput`."""
         ...
 
     def clean_prompt(self, text: str) -> str:
@@ -133,6 +134,12 @@ def card_for(configs: Configs) -> Card:
         return FAMILIES[name](configs)
     except KeyError as error:
         raise InvalidInput("model_path", f"the folder's configs lack {error}, which a {name} has") from error
+
+
+def most_branches(card: Card) -> int:
+    """Guidance branches of a step with everything that the family guides by."""
+    guided = SamplingParams(prompt="a", negative_prompt="b", guidance_scale=4.0)
+    return len(card.branches(card.check(guided), 0))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

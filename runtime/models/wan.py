@@ -97,13 +97,6 @@ class WanCard:
             fps=self._whole("fps", params.fps, 240),
         )
 
-    def check_sp(self, ulysses: int) -> None:
-        if self.heads % ulysses:
-            degrees = [d for d in range(1, self.heads + 1) if self.heads % d == 0]
-            raise InvalidInput(
-                "ulysses_degree", f"{self.heads} attention heads do not divide by {ulysses}; take one of {degrees}"
-            )
-
     def clean_prompt(self, text: str) -> str:
         return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()
 

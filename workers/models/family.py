@@ -18,8 +18,8 @@ from runtime.models.card import Card
 from runtime.protocol import Request, TokenizerExport
 from workers.models.loading import Loader
 from workers.models.wan import WanFamily
-from workers.parallel.comm import Group
-from workers.parallel.sequence import SOLO, SequencePlan
+from workers.parallel.comm import ALONE, Group
+from workers.parallel.sequence import SequencePlan
 from workers.state import RequestState
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -47,7 +47,7 @@ class Family(Protocol):
     denoiser: torch.nn.Module
     sequence_plan: SequencePlan
     attention_processor: type[Any]
-    """Made from an `Attend`; replaces the processors that `sequence_plan.self_attention` names."""
+    """Made from an `Attend`; replaces the processors that `sequence_plan.attention` names."""
 
     def tokenizers(self) -> tuple[TokenizerExport, ...]:
         """What a gateway needs in order to tokenize for this model."""
@@ -71,7 +71,7 @@ class Family(Protocol):
         """Combine the branches by the pipeline's own formula and take one solver step."""
         ...
 
-    def decode(self, state: RequestState, group: Group = SOLO) -> Iterator[torch.Tensor]:
+    def decode(self, state: RequestState, group: Group = ALONE) -> Iterator[torch.Tensor]:
         """uint8 (frames, height, width, 3) on the device, chunk by chunk as `card.decode_chunks` announces.
 
         Over a group its members take their chunks together, and each of them gets the whole frames.

@@ -25,8 +25,8 @@ from runtime.models.wan import TEXT_TOKENS
 from runtime.protocol import Request, TokenizerExport
 from workers.attention.backends import Attend
 from workers.models.loading import Loader, load_scheduler
-from workers.parallel.comm import Group
-from workers.parallel.sequence import SOLO, SequencePlan
+from workers.parallel.comm import ALONE, Group
+from workers.parallel.sequence import SequencePlan, Split
 from workers.parallel.vae import StripParallel, my_strip, strip_rows, whole_frames
 from workers.state import RequestState
 
@@ -34,10 +34,10 @@ PROMPTS = {"cond": "prompt", "uncond": "negative_prompt"}
 """Guidance branch -> the request's text for it."""
 
 SEQUENCE_PLAN = SequencePlan(
-    split_outputs={"rope": 1},
-    split_inputs={"blocks.0": (0, 1)},
-    gather_outputs={"proj_out": 1},
-    self_attention=("blocks.*.attn1",),
+    split_inputs={"blocks.0": {"hidden_states": Split("video", 1)}},
+    split_outputs={"rope": {0: Split("video", 1), 1: Split("video", 1)}},
+    gather_outputs={"proj_out": Split("video", 1)},
+    attention={"blocks.*.attn1": ("video",)},
 )
 """Video tokens are split before the first block and gathered after the last projection; text stays whole."""
 
@@ -237,14 +237,14 @@ class WanFamily:
         state.latents = state.solver.step(prediction, state.timestep, state.latents, return_dict=False)[0]
         state.step += 1
 
-    def decode(self, state: RequestState, group: Group = SOLO) -> Iterator[torch.Tensor]:
+    def decode(self, state: RequestState, group: Group = ALONE) -> Iterator[torch.Tensor]:
         latents = state.latents.to(self.vae.dtype)
         config = self.vae.config
         mean = latents.new_tensor(config.latents_mean).view(1, -1, 1, 1, 1)
         std = 1.0 / latents.new_tensor(config.latents_std).view(1, -1, 1, 1, 1)
         rows = strip_rows(latents.shape[-2], group)
         if len(rows) == 1:
-            group = SOLO
+            group = ALONE
         # Strips are what tiles are for, less memory per rank, and they blend nothing.
         decoder = StreamDecoder(self.vae, my_strip(latents / std + mean, rows, group), tiling=group.size == 1)
         for index in range(latents.shape[2]):

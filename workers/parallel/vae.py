@@ -21,8 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from workers.parallel.comm import Group, share_sizes
-from workers.parallel.sequence import SOLO
+from runtime.layout import share_sizes
+from workers.parallel.comm import ALONE, Group
 
 WHOLE_FRAME = ("mid_block.attentions.*",)
 """Modules of a decoder that attend to the whole frame, by name."""
@@ -32,7 +32,7 @@ class StripParallel:
     """One decoder's hooks. Outside `over(group, rows)` they do nothing."""
 
     def __init__(self, decoder: nn.Module, whole_frame: tuple[str, ...] = WHOLE_FRAME) -> None:
-        self._group = SOLO
+        self._group = ALONE
         self._rows: Sequence[int] = ()
         self._whole = False
         """Inside a module that got the whole frame."""
@@ -53,7 +53,7 @@ class StripParallel:
         try:
             yield
         finally:
-            self._group, self._rows, self._whole = SOLO, (), False
+            self._group, self._rows, self._whole = ALONE, (), False
 
     @property
     def _local(self) -> bool:
