@@ -106,7 +106,7 @@ def take_in(tokens: list[str], environ: Mapping[str, str]) -> Intake:
     settings = from_file | from_environment
     profile = next((phrase.value for phrase in phrases if phrase.name == "profile_file"), None)
     if profile is not None and command == "serve":
-        said = {phrase.name: phrase.value for phrase in phrases} | {n: s.values[0] for n, s in settings.items()}
+        said = {n: s.values[0] for n, s in settings.items()} | dict(_said(phrase) for phrase in phrases)
         from_profile, idle = read_profile(profile, said)
         settings, notes = from_profile | settings, notes + idle
     given = {phrase.name for phrase in phrases} | settings.keys()
@@ -223,7 +223,16 @@ LAYOUT_SETTINGS = frozenset(
 """What a profile decides together: half of a layout is none."""
 
 
-def read_profile(path: str, said: Mapping[str, str | None]) -> tuple[dict[str, Setting], list[str]]:
+def _said(phrase: Phrase) -> tuple[str, str]:
+    """(setting, value) of a flag; a switch alone says true, and one with no- in front the opposite."""
+    name = phrase.name.removeprefix("no_")
+    if name not in BOOLEANS:
+        return phrase.name, phrase.value or ""
+    value = phrase.value if phrase.value in {"true", "false"} else "true"
+    return name, value if phrase.name == name else {"true": "false", "false": "true"}[value]
+
+
+def read_profile(path: str, said: Mapping[str, str]) -> tuple[dict[str, Setting], list[str]]:
     """The settings of a profile that `framemesh tune` wrote, without those that were said by hand, and a note on each.
 
     Args:
@@ -241,7 +250,7 @@ def read_profile(path: str, said: Mapping[str, str | None]) -> tuple[dict[str, S
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidInput("--profile-file", f"{path} is no profile of `framemesh tune`") from error
     notes = []
-    by_hand = {name for name in found if name in said and said[name] != found[name].values[0]}
+    by_hand = {name for name in found if name in said and said[name].lower() != found[name].values[0].lower()}
     for name in sorted(by_hand):
         notes.append(f"note: {name}: {said[name]} by hand wins over {found[name].values[0]} of the profile")
     dropped = {name for name in found if name in said}

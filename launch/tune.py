@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
@@ -69,13 +70,15 @@ def tune(
     best = _winner(ranked, measured)
     console = Console()
     console.print(_table(ranked, measured, best))
-    console.print(_sentence(ranked, measured, best), highlight=False)
+    console.print(_sentence(ranked, measured, best), highlight=False, soft_wrap=True)
     for line in crossovers(tuner, _shapes(card, params), resolved, config.num_gpus):
-        console.print(line, highlight=False)
+        console.print(line, highlight=False, soft_wrap=True)
     if not best.fits:
         return 1
     write_profile(profile_file, config, resolved, tuner, ranked, measured, best)
-    console.print(f"profile {profile_file}: framemesh serve --profile-file {profile_file}", highlight=False)
+    console.print(
+        f"profile {profile_file}: framemesh serve --profile-file {profile_file}", highlight=False, soft_wrap=True
+    )
     return 0
 
 
@@ -212,18 +215,20 @@ def _winner(ranked: Sequence[Prediction], measured: dict[Candidate, Measured]) -
 
 
 def _table(ranked: Sequence[Prediction], measured: dict[Candidate, Measured], best: Prediction) -> Table:
-    table = Table(title="layouts, best first")
-    for name in ("", "layout", "predicted s/step", "measured s/step", "memory per rank", "sent per rank and step"):
-        table.add_column(name, justify="left" if name in {"", "layout"} else "right")
+    table = Table(box=SIMPLE_HEAD, caption="seconds per step; memory and bytes sent per rank", caption_justify="left")
+    table.add_column("layout", no_wrap=True)
+    for name in ("predicted", *(["measured"] if measured else []), "memory", "sent"):
+        table.add_column(name, justify="right", no_wrap=True)
     order = {
         candidate: number
         for number, candidate in enumerate(sorted(_timed(measured), key=lambda c: measured[c].seconds))
     }
     for number, p in enumerate(sorted(ranked, key=lambda p: order.get(p.candidate, len(ranked)))):
         tried = measured.get(p.candidate)
-        time = "" if tried is None else "refused" if tried.refused else f"{tried.seconds:.4g}"
-        mark = "*" if p is best and p.fits else str(number + 1) if p.fits else "does not fit"
-        table.add_row(mark, str(p.candidate), f"{p.seconds:.4g}", time, gib(p.memory), gib(p.traffic.total))
+        time = "-" if tried is None else "refused" if tried.refused else f"{tried.seconds:.4g}"
+        mark = "*" if p is best and p.fits else str(number + 1) if p.fits else "too big"
+        times = [f"{p.seconds:.4g}", *([time] if measured else [])]
+        table.add_row(f"{mark:>2} {p.candidate}", *times, gib(p.memory), gib(p.traffic.total))
     return table
 
 

@@ -87,7 +87,7 @@ class Candidate(msgspec.Struct, frozen=True):
 
     def __str__(self) -> str:
         degrees = {"cfg": self.layout.cfg, "ring": self.layout.ring, "ulysses": self.layout.ulysses}
-        named = [f"{name} {degree}" for name, degree in degrees.items() if degree > 1] or ["one rank"]
+        named = [f"{name}{degree}" for name, degree in degrees.items() if degree > 1] or ["one rank"]
         return " x ".join(named) + (" + fsdp" if self.fsdp else "")
 
 
@@ -230,7 +230,7 @@ def why(ranked: Sequence[Prediction]) -> str:
         extra = {k: s - best.transfers.get(k, 0.0) for k, s in other.transfers.items()}
         extra["compute"] = other.compute - best.compute
         most = max(extra, key=lambda kind: extra[kind])
-        reason += f"; {other.candidate} needs {other.seconds / best.seconds:.2f}x, mostly for {most}"
+        reason += f"; {other.candidate} takes {other.seconds / best.seconds - 1:.1%} longer, mostly for {most}"
     refused = [p for p in ranked if not p.fits and p.seconds < best.seconds]
     if refused:
         reason += f"; {refused[0].candidate} would be faster but needs {gib(refused[0].memory)} on a rank"
@@ -264,9 +264,9 @@ def crossovers(tuner: Tuner, shapes: Sequence[ResolvedParams], params: ResolvedP
     """Where another choice would win: ring against Ulysses by tokens, FSDP by a rank's memory."""
     lines = []
     if num_ranks > 1:
-        at = crossover(tuner, shapes, num_ranks, lambda x: x.ring > 1 and x.cfg == 1, lambda x: x.ring == x.cfg == 1)
+        at = crossover(tuner, shapes, num_ranks, lambda x: x.ring > 1, lambda x: x.ring == 1)
         lines.append(
-            f"layouts with ring beat pure Ulysses {_from(at, f'nowhere up to {tuner.card.tokens(shapes[-1])} tokens')}"
+            f"layouts with ring beat those without {_from(at, f'nowhere up to {tuner.card.tokens(shapes[-1])} tokens')}"
         )
         whole, shared = (
             min(tuner.memory(c, params) for c in tuner.candidates(params, num_ranks) if c.fsdp == fsdp) / (1 - RESERVE)

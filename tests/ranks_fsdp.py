@@ -59,7 +59,13 @@ class Memory(threading.Thread):
 def generate(folder, sharded, precision):
     """Tensors of one generation through the executor, and what the weights weigh after it."""
     config = Config(
-        model_path=folder, num_gpus=NUM_RANKS, device="cpu", use_fsdp_inference=sharded, dit_precision=precision
+        model_path=folder,
+        num_gpus=NUM_RANKS,
+        device="cpu",
+        use_fsdp_inference=sharded,
+        dit_precision=precision,
+        # On four ranks: weights of all of them, tokens of two, one guidance branch each.
+        enable_cfg_parallel=NUM_RANKS == 4,
     )
     card = card_for(read_configs(Path(folder)))
     frames = Collector()
