@@ -243,12 +243,12 @@ def read_profile(path: str, said: Mapping[str, str]) -> tuple[dict[str, Setting]
         InvalidInput: the file cannot be read or is no profile.
     """
     try:
-        flags = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))["flags"]
-        found = _known({name: value for name, value in flags.items() if value is not False}, path)
+        flags = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))["flags"].items()
     except OSError as error:
         raise InvalidInput("--profile-file", f"{path} cannot be read: {error.strerror}") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InvalidInput("--profile-file", f"{path} is no profile of `framemesh tune`") from error
+    found = _known({name: value for name, value in flags if value is not False}, path)
     notes = []
     by_hand = {name for name in found if name in said and said[name].lower() != found[name].values[0].lower()}
     for name in sorted(by_hand):

@@ -198,7 +198,7 @@ def test_weights_that_are_read_bound_a_small_step(folder):
 
 
 @pytest.fixture
-def tuned(folder, tmp_path):
+def tuned(folder, tmp_path, capsys):
     file = tmp_path / "profile.json"
     shape = ["--height", "720", "--width", "1280", "--num-frames", "81", "--machine", "h100-nvlink"]
     words = ["tune", "--model-path", str(folder), "--num-gpus", "8", *shape, "--dry-run", "--profile-file", str(file)]
