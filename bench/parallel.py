@@ -222,7 +222,8 @@ def _prepare(params: ResolvedParams, groups: dict[Layout, Any]) -> tuple[Any, An
     for block in denoiser.blocks:
         block.attn2.set_processor(TextAttention(text))
     solver = UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0)
-    family = WanFamily(card(), cpu, None, None, denoiser, None, solver, text)
+    strips: Any = None
+    family = WanFamily(card(), cpu, None, None, denoiser, None, solver, text, strips)
     sequence = SequenceParallel(denoiser, family.sequence_plan, choose("auto"), family.attention_processor)
     executor = Executor(family, family.card, sequence, groups, lambda *_: None)
     embeddings = {branch: torch.randn(1, TEXT, 64) for branch in family.card.branches(params, 0)}

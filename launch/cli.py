@@ -10,6 +10,8 @@ import os
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -18,7 +20,7 @@ import msgspec
 from cyclopts import App, CycloptsError, Parameter
 
 from launch.options import Output, take_in
-from runtime.config import Config, check_config, fit_layout
+from runtime.config import DEMO_MODEL, Config, check_config, fit_layout
 from runtime.errors import FramemeshError, InvalidInput
 from runtime.layout import describe_layout
 from runtime.sampling import ResolvedParams, SamplingParams
@@ -36,6 +38,10 @@ ConfigFlags = Annotated[Config, Parameter(name="*", group="Mesh and model")]
 SamplingFlags = Annotated[SamplingParams, Parameter(name="*", group="Sampling")]
 OutputFlags = Annotated[Output, Parameter(name="*", group="Output")]
 ConfigFile = Annotated[str | None, Parameter(name="--config", group="Command", help="A JSON or YAML file of settings.")]
+ProfileFile = Annotated[
+    str | None,
+    Parameter(name="--profile-file", group="Command", help="A layout that `framemesh tune` found; other settings win."),
+]
 DryRun = Annotated[
     bool, Parameter(group="Command", help="Check everything, print the resolved settings as JSON, start nothing.")
 ]
@@ -83,7 +89,7 @@ def _run(argv: list[str]) -> int:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
-    for command in (serve, generate, run, top, jobs, cancel, drain, models, env, doctor, keygen):
+    for command in (serve, generate, run, tune, top, jobs, cancel, drain, models, env, doctor, keygen):
         app.command(command)
     return app(intake.tokens) or 0
 
@@ -95,7 +101,13 @@ def _version() -> str:
         return "unknown: runs from a folder that is not installed"
 
 
-def serve(*, config: ConfigFlags = NO_CONFIG, config_file: ConfigFile = None, dry_run: DryRun = False) -> int:
+def serve(
+    *,
+    config: ConfigFlags = NO_CONFIG,
+    config_file: ConfigFile = None,
+    profile_file: ProfileFile = None,
+    dry_run: DryRun = False,
+) -> int:
     """Serve a model over HTTP; a signal drains it, a second one stops it at once."""
     ready = prepare(config, http=True)
     if dry_run:
@@ -139,6 +151,62 @@ def run(
     from launch.serve import run_once
 
     return run_once(ready.config, ready.folder, params, output.output_file_name)
+
+
+def tune(
+    *,
+    model_path: str = DEMO_MODEL,
+    revision: str | None = None,
+    num_gpus: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    guidance_scale: float | None = None,
+    machine: str | None = None,
+    measure: int = 3,
+    dry_run: Annotated[
+        bool, Parameter(negative="", help="Predict only; needs no accelerator and starts nothing.")
+    ] = False,
+    profile_file: Path = Path("framemesh-profile.json"),
+) -> int:
+    """Find the fastest layout for a model and a shape, and write it down for `serve --profile-file`.
+
+    Parameters
+    ----------
+    model_path
+        A diffusers folder, a Hugging Face model id, or "demo".
+    revision
+        Branch, tag or commit of a model id.
+    num_gpus
+        Ranks to lay out.
+    height
+        Pixels; unset: the model's default.
+    width
+        Pixels; unset: the model's default.
+    num_frames
+        Frames of video; unset: the model's default.
+    guidance_scale
+        1 or less: without guidance, so without guidance branches to spread.
+    machine
+        Constants to predict with: cpu-gloo, h100-nvlink, h100-pcie, or a JSON file; unset: chosen by this machine.
+    measure
+        How many of the best predictions to measure.
+    profile_file
+        Where the profile goes.
+    """
+    from launch.tune import tune as find_layout
+
+    if measure < 1:
+        raise InvalidInput("measure", f"{measure} is too few; take 1 or more, or --dry-run")
+    config = Config(model_path=model_path, revision=revision, num_gpus=num_gpus)
+    check_config(config)
+    folder, card = _card_of(model_path, revision)
+    params = SamplingParams(
+        prompt="a measurement", height=height, width=width, num_frames=num_frames, guidance_scale=guidance_scale
+    )
+    return find_layout(
+        config, folder, card, params, machine=machine, dry_run=dry_run, measure=measure, profile_file=profile_file
+    )
 
 
 def top(
@@ -287,8 +355,9 @@ def prepare(
     _check_ending(output, card, resolved)
     if config.num_gpus > 1:
         _say("note: " + "\n".join(describe_layout(config.layout, card)))
-    if config.vae_sp:
-        _say("note: vae_sp: the decode still runs on one rank; spreading it is not available yet")
+    for note in _notes(config, card):
+        _say(f"note: {note}")
+    config = replace(config, vae_sp=config.vae_sp and config.num_gpus > 1 and card.decodes_in_strips)
     return Prepared(config, folder, card, resolved)
 
 
@@ -296,6 +365,20 @@ def _fit_layout(config: Config, card: Card) -> Config:
     from runtime.models.card import most_branches
 
     return fit_layout(config, card, most_branches(card))
+
+
+def _notes(config: Config, card: Card) -> Iterator[str]:
+    """What was asked for and changes nothing, or something else, with the reason."""
+    if config.use_fsdp_inference and config.num_gpus == 1:
+        yield "use_fsdp_inference: one rank has nobody to share its weights with; it holds all of them"
+    if config.vae_sp and config.num_gpus == 1:
+        yield "vae_sp: one rank decodes alone"
+    if config.vae_sp and not card.decodes_in_strips:
+        yield f"vae_sp: the {card.family} decode cannot be shared; every picture is decoded by one rank"
+    if config.vae_sp and config.vae_tiling and config.num_gpus > 1 and card.decodes_in_strips:
+        yield "vae_tiling: with vae_sp the ranks decode strips of rows, which need no tiles and no blending"
+    if config.vae_slicing:
+        yield "vae_slicing: decodes take one request and one latent frame at a time anyway"
 
 
 def _card_of(model_path: str, revision: str | None) -> tuple[Path, Card]:

@@ -71,6 +71,9 @@ class Config:
     dist_timeout: int = 600
     """Seconds after which a collective that hangs is an error."""
 
+    use_fsdp_inference: bool = False
+    """Every rank holds 1/N of the denoiser's and the text encoders' weights (FSDP2) instead of all of them."""
+
     dit_precision: Precision | None = None
     """Precision of the denoiser; unset: bf16 on CUDA, fp32 on CPU."""
     vae_precision: Precision | None = None
@@ -81,8 +84,10 @@ class Config:
     """Attention kernel of the denoiser."""
     vae_tiling: bool = False
     """Decode frames above the tile size tile by tile, as the VAE's own tiled decode does."""
+    vae_slicing: bool = False
+    """Decode one request at a time, to save memory; every decode here does, so this changes nothing."""
     vae_sp: bool = False
-    """Ask for the VAE decode to be spread over the ranks."""
+    """Decode over all ranks, each of which decodes a strip of rows of every frame; tiles are then not needed."""
     vae_config: VaeConfig = field(default_factory=VaeConfig)
     """Parts and tiles of the VAE."""
 
@@ -165,10 +170,7 @@ def check_config(config: Config) -> None:
     if config.enable_cfg_parallel and config.cfg_degree == 1:
         raise InvalidInput("cfg_parallel_size", "1 contradicts enable_cfg_parallel; take 2 or more, or leave it out")
     _ = config.layout
-    if config.sp_engine == "yunchang" and config.device == "cpu":
-        raise InvalidInput("sp_engine", "yunchang needs CUDA and flash-attn; take native on the CPU")
-    if config.dist_backend == "nccl" and config.device == "cpu":
-        raise InvalidInput("dist_backend", "nccl moves CUDA tensors only; take gloo on the CPU")
+    _check_transport(config)
     if not 0 <= config.port <= 65535:
         raise InvalidInput("port", f"{config.port} is not a port; take 0 (any free one) to 65535")
     if not config.vae_config.load_decoder:
@@ -189,6 +191,15 @@ def check_config(config: Config) -> None:
         value = getattr(config.vae_config, name)
         if value is not None and value < 64:
             raise InvalidInput(f"vae_config.{name}", f"{value} is below the smallest tile of 64 pixels")
+
+
+def _check_transport(config: Config) -> None:
+    if config.sp_engine == "yunchang" and config.device == "cpu":
+        raise InvalidInput("sp_engine", "yunchang needs CUDA and flash-attn; take native on the CPU")
+    if config.dist_backend == "nccl" and config.device == "cpu":
+        raise InvalidInput("dist_backend", "nccl moves CUDA tensors only; take gloo on the CPU")
+    if config.use_fsdp_inference and config.dist_backend == "staged":
+        raise InvalidInput("use_fsdp_inference", "dist_backend staged cannot gather sharded weights; take nccl")
 
 
 def fit_layout(config: Config, card: Heads, branches: int) -> Config:

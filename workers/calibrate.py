@@ -71,7 +71,7 @@ def _decode(executor: Executor, family: Family, params: ResolvedParams, request_
     """Seconds of the first chunk and mean seconds of the others; sends no frames."""
     with torch.inference_mode():
         marks = [time.monotonic()]
-        for chunk in family.decode(executor.states[request_id]):
+        for chunk in family.decode(executor.states[request_id], executor.decode_group):
             chunk.cpu()
             marks.append(time.monotonic())
     first, others = marks[1] - marks[0], len(marks) - 2

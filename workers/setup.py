@@ -17,6 +17,8 @@ from workers.attention.backends import choose
 from workers.executor import Executor
 from workers.frames import FrameSender
 from workers.models.family import Family, Precisions, load_family
+from workers.models.loading import Loader
+from workers.parallel.fsdp import shard_mesh
 from workers.parallel.groups import init_distributed, make_groups, pick_backend, warm_up
 from workers.parallel.sequence import SequenceParallel
 from workers.parallel.usp import usp_attention
@@ -47,12 +49,17 @@ def build_executor(
     if layout.num_ranks > 1:
         init_distributed(backend, config.dist_timeout, generation)
     groups = make_groups(layouts_of(layout, card), rank, backend)
+    mesh = shard_mesh(layout.num_ranks, device) if config.use_fsdp_inference else None
     warm_up(groups, device)
-    family, precisions = load_family(folder, card, config, device)
+    family, precisions = load_family(folder, card, config, Loader(device, mesh))
     kernel = choose(config.attention_backend)
     engine = usp_attention if config.sp_engine == "native" else yunchang_engine(layout.num_ranks, device)
     sequence = SequenceParallel(family.denoiser, family.sequence_plan, kernel, family.attention_processor, engine)
-    return Executor(family, card, sequence, groups, sender.send), family, precisions
+    executor = Executor(family, card, sequence, groups, sender.send)
+    executor.sharded = mesh is not None
+    if config.vae_sp:
+        executor.decode_group = groups[layout].replica
+    return executor, family, precisions
 
 
 def describe_model(

@@ -37,6 +37,11 @@ class Card(Protocol):
         ...
 
     @property
+    def decodes_in_strips(self) -> bool:
+        """Whether the ranks can share a decode, each with a strip of the rows."""
+        ...
+
+    @property
     def decode_streams(self) -> str:
         """How frames leave the VAE: "per latent frame", "per temporal tile" or "in one piece"."""
         ...

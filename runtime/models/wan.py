@@ -52,6 +52,7 @@ class WanCard:
     pipeline_class: str = "WanPipeline"
     task_type: str = "T2V"
     decode_streams: str = "per latent frame"
+    decodes_in_strips: bool = True
 
     @staticmethod
     def from_configs(configs: dict[str, dict[str, Any]]) -> WanCard:

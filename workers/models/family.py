@@ -17,8 +17,10 @@ from runtime.config import Config
 from runtime.models.card import Card
 from runtime.protocol import Request, TokenizerExport
 from workers.models.flux import FluxFamily
+from workers.models.loading import Loader
 from workers.models.qwen_image import QwenImageFamily
 from workers.models.wan import WanFamily
+from workers.parallel.comm import ALONE, Group
 from workers.parallel.sequence import SequencePlan
 from workers.state import RequestState
 
@@ -73,12 +75,15 @@ class Family(Protocol):
         """Combine the branches by the pipeline's own formula and take one solver step."""
         ...
 
-    def decode(self, state: RequestState) -> Iterator[torch.Tensor]:
-        """uint8 (frames, height, width, 3) on the device, chunk by chunk as `card.decode_chunks` announces."""
+    def decode(self, state: RequestState, group: Group = ALONE) -> Iterator[torch.Tensor]:
+        """uint8 (frames, height, width, 3) on the device, chunk by chunk as `card.decode_chunks` announces.
+
+        Over a group its members take their chunks together, and each of them gets the whole frames.
+        """
         ...
 
 
-LOADERS: dict[str, Callable[[Path, Any, Config, torch.device, dict[str, torch.dtype]], Family]] = {
+LOADERS: dict[str, Callable[[Path, Any, Config, Loader, dict[str, torch.dtype]], Family]] = {
     "flux": FluxFamily.load,
     "qwen_image": QwenImageFamily.load,
     "wan": WanFamily.load,
@@ -86,8 +91,8 @@ LOADERS: dict[str, Callable[[Path, Any, Config, torch.device, dict[str, torch.dt
 """`card.family` -> what loads it."""
 
 
-def load_family(folder: Path, card: Card, config: Config, device: torch.device) -> tuple[Family, Precisions]:
-    """The family's modules with their weights on the device."""
-    precisions = Precisions.resolve(config, device)
+def load_family(folder: Path, card: Card, config: Config, loader: Loader) -> tuple[Family, Precisions]:
+    """The family's modules with their weights on the device, or this rank's share of them."""
+    precisions = Precisions.resolve(config, loader.device)
     dtypes = {name: DTYPES[precision] for name, precision in asdict(precisions).items()}
-    return LOADERS[card.family](folder, card, config, device, dtypes), precisions
+    return LOADERS[card.family](folder, card, config, loader, dtypes), precisions

@@ -19,8 +19,9 @@ from runtime.config import Config
 from runtime.models.flux import TEXT_TOKENS, FluxCard
 from runtime.protocol import Request, TokenizerExport
 from workers.attention.backends import Attend
-from workers.models.loading import load_scheduler
+from workers.models.loading import Loader, load_scheduler
 from workers.models.still import flow_solver, packed_noise, to_pixels, unpack
+from workers.parallel.comm import ALONE, Group
 from workers.parallel.sequence import SequencePlan, Split
 from workers.state import RequestState
 
@@ -108,18 +109,12 @@ class FluxFamily:
 
     @staticmethod
     def load(
-        folder: Path, card: FluxCard, config: Config, device: torch.device, dtypes: dict[str, torch.dtype]
+        folder: Path, card: FluxCard, config: Config, loader: Loader, dtypes: dict[str, torch.dtype]
     ) -> FluxFamily:
-        clip = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", dtype=dtypes["text_encoder"], use_safetensors=True
-        )
-        t5 = T5EncoderModel.from_pretrained(
-            folder / "text_encoder_2", dtype=dtypes["text_encoder_2"], use_safetensors=True
-        )
-        denoiser = FluxTransformer2DModel.from_pretrained(
-            folder / "transformer", dtype=dtypes["dit"], use_safetensors=True
-        )
-        vae = AutoencoderKL.from_pretrained(folder / "vae", dtype=dtypes["vae"], use_safetensors=True)
+        clip = loader.whole(CLIPTextModel, folder / "text_encoder", dtypes["text_encoder"])
+        t5 = loader.text_encoder(T5EncoderModel, folder / "text_encoder_2", dtypes["text_encoder_2"])
+        denoiser = loader.denoiser(FluxTransformer2DModel, folder / "transformer", dtypes["dit"])
+        vae = loader.whole(AutoencoderKL, folder / "vae", dtypes["vae"])
         if not config.vae_config.load_encoder:
             # Text-to-image never encodes pixels.
             vae.encoder = vae.quant_conv = None
@@ -128,14 +123,14 @@ class FluxFamily:
         tokenizers = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
         return FluxFamily(
             card=card,
-            device=device,
+            device=loader.device,
             tokenizers_by_encoder={
                 encoder: AutoTokenizer.from_pretrained(folder / name) for encoder, name in tokenizers.items()
             },
-            clip=clip.to(device).eval(),
-            t5=t5.to(device).eval(),
-            denoiser=denoiser.to(device).eval(),
-            vae=vae.to(device).eval(),
+            clip=clip,
+            t5=t5,
+            denoiser=denoiser,
+            vae=vae,
             solver=load_scheduler(folder),
         )
 
@@ -221,7 +216,7 @@ class FluxFamily:
             prediction = uncond + state.params.true_cfg_scale * (prediction - uncond)
         state.advance(prediction)
 
-    def decode(self, state: RequestState) -> Iterator[torch.Tensor]:
+    def decode(self, state: RequestState, group: Group = ALONE) -> Iterator[torch.Tensor]:
         latents = unpack(state.latents, self.card.grid(state.params))
         config = self.vae.config
         latents = (latents / config.scaling_factor + config.shift_factor).to(self.vae.dtype)

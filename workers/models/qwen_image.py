@@ -19,8 +19,9 @@ from runtime.config import Config
 from runtime.models.qwen_image import MAX_TEXT_TOKENS, TEMPLATE_TOKENS, QwenImageCard
 from runtime.protocol import Request, TokenizerExport
 from workers.attention.backends import Attend, as_bias
-from workers.models.loading import load_scheduler
+from workers.models.loading import Loader, load_scheduler
 from workers.models.still import flow_solver, packed_noise, to_pixels, unpack
+from workers.parallel.comm import ALONE, Group
 from workers.parallel.sequence import SequencePlan, Split
 from workers.state import RequestState
 
@@ -109,27 +110,25 @@ class QwenImageFamily:
 
     @staticmethod
     def load(
-        folder: Path, card: QwenImageCard, config: Config, device: torch.device, dtypes: dict[str, torch.dtype]
+        folder: Path, card: QwenImageCard, config: Config, loader: Loader, dtypes: dict[str, torch.dtype]
     ) -> QwenImageFamily:
-        language = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            folder / "text_encoder", dtype=dtypes["text_encoder"], use_safetensors=True
+        language = loader.text_encoder(
+            Qwen2_5_VLForConditionalGeneration, folder / "text_encoder", dtypes["text_encoder"]
         )
         # A text-only prompt needs neither the eyes nor the words that would come next.
         text_encoder = language.model
         text_encoder.visual = None
-        denoiser = QwenImageTransformer2DModel.from_pretrained(
-            folder / "transformer", dtype=dtypes["dit"], use_safetensors=True
-        )
-        vae = AutoencoderKLQwenImage.from_pretrained(folder / "vae", dtype=dtypes["vae"], use_safetensors=True)
+        denoiser = loader.denoiser(QwenImageTransformer2DModel, folder / "transformer", dtypes["dit"])
+        vae = loader.whole(AutoencoderKLQwenImage, folder / "vae", dtypes["vae"])
         if config.vae_tiling:
             vae.enable_tiling(config.vae_config.tile_sample_min_height, config.vae_config.tile_sample_min_width)
         return QwenImageFamily(
             card=card,
-            device=device,
+            device=loader.device,
             tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-            text_encoder=text_encoder.to(device).eval(),
-            denoiser=denoiser.to(device).eval(),
-            vae=vae.to(device).eval(),
+            text_encoder=text_encoder,
+            denoiser=denoiser,
+            vae=vae,
             solver=load_scheduler(folder),
         )
 
@@ -192,7 +191,7 @@ class QwenImageFamily:
             prediction = rescaled_guidance(prediction, predictions["uncond"].float(), state.params.true_cfg_scale)
         state.advance(prediction)
 
-    def decode(self, state: RequestState) -> Iterator[torch.Tensor]:
+    def decode(self, state: RequestState, group: Group = ALONE) -> Iterator[torch.Tensor]:
         latents = unpack(state.latents, self.card.grid(state.params)).unsqueeze(2).to(self.vae.dtype)
         config = self.vae.config
         mean = latents.new_tensor(config.latents_mean).view(1, -1, 1, 1, 1)
