@@ -20,7 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.jobs.outputs import Outputs
 from gateway.jobs.runner import JobRunner
 from gateway.jobs.store import JobStore
-from gateway.mesh import Mesh
+from gateway.mesh import DRAINING, Mesh
 from gateway.routes import health, models, videos
 from gateway.schema import error_body, reply
 from runtime.config import Config
@@ -79,8 +79,10 @@ def _invalid_input(_request: Request, error: Any) -> Response:
     return error_reply(404 if error.code in NOT_FOUND else 400, str(error), error.field, error.code)
 
 
-def _not_ready(_request: Request, error: Exception) -> Response:
-    return error_reply(503, f"not ready: {error}", None, "model_loading", {"retry-after": str(RETRY_AFTER_S)})
+def _not_ready(request: Request, error: Exception) -> Response:
+    mesh: Mesh = request.app.state.mesh
+    code = DRAINING if mesh.state.draining else "model_loading"
+    return error_reply(503, f"not ready: {error}", None, code, {"retry-after": str(RETRY_AFTER_S)})
 
 
 def _validation_failed(_request: Request, error: Any) -> Response:

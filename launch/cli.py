@@ -80,7 +80,7 @@ def _run(argv: list[str]) -> int:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
-    for command in (serve, generate, run, top, jobs, cancel, models, env, doctor, keygen):
+    for command in (serve, generate, run, top, jobs, cancel, drain, models, env, doctor, keygen):
         app.command(command)
     return app(intake.tokens) or 0
 
@@ -93,7 +93,7 @@ def _version() -> str:
 
 
 def serve(*, config: ConfigFlags = NO_CONFIG, config_file: ConfigFile = None, dry_run: DryRun = False) -> int:
-    """Serve a model over HTTP until a signal."""
+    """Serve a model over HTTP; a signal drains it, a second one stops it at once."""
     ready = prepare(config, http=True)
     if dry_run:
         return _print_plan(config, ready)
@@ -176,6 +176,23 @@ def cancel(
     from launch.top import cancel as cancel_one
 
     return cancel_one(mesh, request_id)
+
+
+def drain(
+    *,
+    timeout: Annotated[
+        float | None,
+        Parameter(help="Seconds that running work gets to end before it is checkpointed; unset: the mesh's own."),
+    ] = None,
+    mesh: MeshPlace = None,
+    curve_dir: CurveDir = None,
+) -> int:
+    """Have a running mesh finish its work, take no more, and stop; waits for it."""
+    from launch.observe import drain_mesh
+
+    _use_keys(curve_dir)
+    drain_mesh(mesh, timeout, _say)
+    return 0
 
 
 def models(*, model_path: str | None = None, revision: str | None = None) -> int:

@@ -37,7 +37,7 @@ SomeFrames = Annotated[int, Meta(ge=1, le=1_000_000)]
 Pixels = Annotated[int, Meta(ge=1, le=65_536)]
 Priority = Annotated[int, Meta(ge=-1000, le=1000)]
 Guidance = Annotated[float, Meta(ge=-1000, le=1000)]
-Seconds = Annotated[float, Meta(ge=0, le=1e12)]
+Seconds = Annotated[float, Meta(ge=0, le=1e18)]
 """Neither NaN nor infinite: both fail a comparison."""
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 

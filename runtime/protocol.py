@@ -203,7 +203,7 @@ class WorkerHello(Message, frozen=True):
 class Measurement(msgspec.Struct, frozen=True):
     """What a unit of work cost when the ranks warmed up."""
 
-    kind: Literal["encode", "denoise", "decode"]
+    kind: Literal["encode", "denoise", "first_decode", "decode"]
     params: ResolvedParams
     batch: Degree
     seconds: Seconds
@@ -288,6 +288,8 @@ class Release(Message, frozen=True):
     seq: Int63
     ranks: Ranks
     request_ids: Ids
+    keep_saved: bool = False
+    """They start again: their checkpoints stay."""
 
 
 WorkItem = Encode | Denoise | Decode | Checkpoint | Release

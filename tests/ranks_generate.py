@@ -68,7 +68,7 @@ def main(folder, cases_file, out, mutation):
         executor.run(Denoise(3, everyone, layout, (name,), case["steps"] - 3))
         tensors[f"{name}/latents"] = executor.states[name].latents.clone()
         executor.run(Decode(4, (rank,), name, 1, ""))
-        executor.run(Decode(5, (rank,), name, len(card.decode_chunks(params)) - 1, ""))
+        executor.run(Decode(5, (rank,), name, len(card.decode_chunks(params)) - 1, "", first_chunk=1))
         tensors[f"{name}/frames"] = torch.cat(frames.chunks)
         executor.run(Release(6, everyone, (name,)))
         assert not executor.states

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
+from runtime.errors import FramemeshError
 from runtime.models.card import Card
-from runtime.protocol import Decode, Denoise, Encode, FramesChunk, Release, WorkItem
+from runtime.protocol import Checkpoint, Decode, Denoise, Encode, FramesChunk, Release, WorkItem
 from workers.models.family import Family
 from workers.parallel.groups import Groups
 from workers.parallel.sequence import SOLO, SequenceParallel
+from workers.spool import Spool
 from workers.state import RequestState
 
 SendFrames = Callable[[str, FramesChunk, torch.Tensor], None]
@@ -28,6 +30,10 @@ class Executor:
         self, family: Family, card: Card, sequence: SequenceParallel, groups: Groups, send_frames: SendFrames
     ) -> None:
         self.states: dict[str, RequestState] = {}
+        self.spool: Spool | None = None
+        """Where checkpoints go; set once the model is warm."""
+        self.in_forward = False
+        """The denoiser runs; after an error: it was raised there, between collectives that others may wait in."""
         self._family = family
         self._card = card
         self._sequence = sequence
@@ -35,7 +41,11 @@ class Executor:
         self._send_frames = send_frames
 
     def run(self, item: WorkItem) -> None:
-        """Carry out one item; may raise anything that a model can raise."""
+        """Carry out one item; may raise anything that a model can raise.
+
+        After an error the states that the item names may be half done; no other state was touched.
+        """
+        self.in_forward = False
         with torch.inference_mode():
             match item:
                 case Encode():
@@ -44,18 +54,31 @@ class Executor:
                     self._denoise(item)
                 case Decode():
                     self._decode(item)
+                case Checkpoint():
+                    assert self.spool is not None
+                    for request_id in item.request_ids:
+                        self.spool.save(self.states[request_id])
                 case Release():
                     for request_id in item.request_ids:
                         self.states.pop(request_id, None)
+                    if self.spool is not None and not item.keep_saved:
+                        self.spool.release(item.request_ids)
 
     def _encode(self, item: Encode) -> None:
         since = time.monotonic()
         embeddings = self._family.encode(item.requests)
+        states: dict[str, RequestState] = {}
         for request, embedding in zip(item.requests, embeddings, strict=True):
             generator = torch.Generator("cpu").manual_seed(request.params.seed)
             state = self._family.prepare(request, embedding, generator)
+            state.generator = generator
+            if request.id in item.resume:
+                assert self.spool is not None
+                self.spool.resume(state, item.resume[request.id])
             state.spend("encode", since)
-            self.states[request.id] = state
+            states[request.id] = state
+        # All or none: a checkpoint that does not fit leaves nothing half begun behind.
+        self.states |= states
 
     def _denoise(self, item: Denoise) -> None:
         since = time.monotonic()
@@ -72,7 +95,10 @@ class Executor:
         branches = self._card.branches(states[0].params, states[0].step)
         predictions: dict[str, torch.Tensor] = {}
         for together in self._forwards(states, branches):
-            output = self._family.denoiser(**self._family.inputs(states, together))[0]
+            inputs = self._family.inputs(states, together)
+            self.in_forward = True
+            output = self._family.denoiser(**inputs)[0]
+            self.in_forward = False
             predictions |= dict(zip(together, output.split(len(states)), strict=True))
         for row, state in enumerate(states):
             self._family.advance(state, {branch: rows[row : row + 1] for branch, rows in predictions.items()})
@@ -84,9 +110,7 @@ class Executor:
 
     def _decode(self, item: Decode) -> None:
         state = self.states[item.request_id]
-        if state.decoder is None:
-            state.decoder = self._family.decode(state)
-        decoder = state.decoder
+        decoder = self._open_decoder(state, item.first_chunk)
         for _ in range(item.chunks):
             since = time.monotonic()
             frames = next(decoder)
@@ -94,7 +118,7 @@ class Executor:
             count, height, width, _ = frames.shape
             header = FramesChunk(
                 item.request_id,
-                state.request.attempt,
+                item.attempt,
                 state.frames_sent,
                 count,
                 state.params.num_frames,
@@ -107,3 +131,18 @@ class Executor:
                 # The VAE's cache is most of what a request holds, and nobody needs it any more.
                 state.decoder = None
             self._send_frames(item.endpoint, header, frames)
+
+    def _open_decoder(self, state: RequestState, first_chunk: int) -> Iterator[torch.Tensor]:
+        """A decoder that comes to `first_chunk` next: a new one for 0, else the one that is open."""
+        if first_chunk == 0:
+            # Before the new one: the old one's cache is most of what a request holds.
+            state.decoder = None
+            state.frames_sent = 0
+            state.decoder = self._family.decode(state)
+        due = sum(self._card.decode_chunks(state.params)[:first_chunk])
+        if state.decoder is None or state.frames_sent != due:
+            raise FramemeshError(
+                f"the decode of {state.request.id} cannot go on at frame {due}: "
+                + ("none is open" if state.decoder is None else f"it is at frame {state.frames_sent}")
+            )
+        return state.decoder
