@@ -11,7 +11,7 @@ from typing import Annotated
 from msgspec import Meta
 
 MAX_PROMPT_CHARS = 1_000_000
-MAX_ID_CHARS = 256
+MAX_ID_CHARS = 1024
 MAX_REQUESTS = 100_000
 """In one message; all that a gateway may have to submit again to a new scheduler."""
 
