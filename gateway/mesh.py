@@ -192,6 +192,10 @@ class Mesh:
         token_ids = self._tokenizer.tokenize(params)
         return Request(request_id, params, token_ids, 0, terms.key, terms.priority, terms.timeout_s)
 
+    def warnings(self, params: ResolvedParams) -> tuple[str, ...]:
+        """What of the prompts an encoder does not read, in words; empty until the model is known."""
+        return () if self._tokenizer is None else self._tokenizer.warnings(params)
+
     async def run(self, request: Request, *, resumed: bool = False) -> AsyncGenerator[Event, None]:
         """Progress and frames until Completed. Leaving the loop early cancels the request.
 

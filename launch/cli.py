@@ -10,6 +10,8 @@ import os
 import socket
 import sys
 import tempfile
+from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -18,8 +20,9 @@ import msgspec
 from cyclopts import App, CycloptsError, Parameter
 
 from launch.options import Output, take_in
-from runtime.config import Config, check_config
+from runtime.config import DEMO_MODEL, Config, check_config, fit_layout
 from runtime.errors import FramemeshError, InvalidInput
+from runtime.layout import describe_layout
 from runtime.sampling import ResolvedParams, SamplingParams
 
 if TYPE_CHECKING:
@@ -35,6 +38,10 @@ ConfigFlags = Annotated[Config, Parameter(name="*", group="Mesh and model")]
 SamplingFlags = Annotated[SamplingParams, Parameter(name="*", group="Sampling")]
 OutputFlags = Annotated[Output, Parameter(name="*", group="Output")]
 ConfigFile = Annotated[str | None, Parameter(name="--config", group="Command", help="A JSON or YAML file of settings.")]
+ProfileFile = Annotated[
+    str | None,
+    Parameter(name="--profile-file", group="Command", help="A layout that `framemesh tune` found; other settings win."),
+]
 DryRun = Annotated[
     bool, Parameter(group="Command", help="Check everything, print the resolved settings as JSON, start nothing.")
 ]
@@ -46,6 +53,8 @@ CurveDir = Annotated[
     str | None,
     Parameter(name="--curve-dir", env_var="FRAMEMESH_CURVE_DIR", help="Folder of the keys for sockets between hosts."),
 ]
+VIDEO, PICTURES = ".mp4", (".png", ".jpg", ".jpeg", ".webp")
+"""Endings of files."""
 NO_CONFIG, NO_PARAMS, NO_OUTPUT = Config(), SamplingParams(), Output()
 
 
@@ -80,7 +89,7 @@ def _run(argv: list[str]) -> int:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
-    for command in (serve, generate, run, top, jobs, cancel, drain, models, env, doctor, keygen):
+    for command in (serve, generate, run, tune, top, jobs, cancel, drain, models, env, doctor, keygen):
         app.command(command)
     return app(intake.tokens) or 0
 
@@ -92,14 +101,20 @@ def _version() -> str:
         return "unknown: runs from a folder that is not installed"
 
 
-def serve(*, config: ConfigFlags = NO_CONFIG, config_file: ConfigFile = None, dry_run: DryRun = False) -> int:
+def serve(
+    *,
+    config: ConfigFlags = NO_CONFIG,
+    config_file: ConfigFile = None,
+    profile_file: ProfileFile = None,
+    dry_run: DryRun = False,
+) -> int:
     """Serve a model over HTTP; a signal drains it, a second one stops it at once."""
     ready = prepare(config, http=True)
     if dry_run:
-        return _print_plan(config, ready)
+        return _print_plan(ready)
     from launch.serve import serve as serve_until_signal
 
-    return serve_until_signal(config, ready.folder)
+    return serve_until_signal(ready.config, ready.folder)
 
 
 def generate(
@@ -113,10 +128,10 @@ def generate(
     """Generate once, without an HTTP server."""
     ready = prepare(config, params, output)
     if dry_run:
-        return _print_plan(config, ready)
+        return _print_plan(ready)
     from launch.serve import generate_once
 
-    code = generate_once(config, ready.folder, params, output.output_file_name, bool(output.save_output))
+    code = generate_once(ready.config, ready.folder, params, output.output_file_name, bool(output.save_output))
     if code == 0 and not output.save_output:
         _say(f"note: nothing was saved; with --save-output the video goes to {config.output_path}")
     return code
@@ -135,7 +150,63 @@ def run(
     ready = prepare(config, params, output, http=True)
     from launch.serve import run_once
 
-    return run_once(config, ready.folder, params, output.output_file_name)
+    return run_once(ready.config, ready.folder, params, output.output_file_name)
+
+
+def tune(
+    *,
+    model_path: str = DEMO_MODEL,
+    revision: str | None = None,
+    num_gpus: int = 1,
+    height: int | None = None,
+    width: int | None = None,
+    num_frames: int | None = None,
+    guidance_scale: float | None = None,
+    machine: str | None = None,
+    measure: int = 3,
+    dry_run: Annotated[
+        bool, Parameter(negative="", help="Predict only; needs no accelerator and starts nothing.")
+    ] = False,
+    profile_file: Path = Path("framemesh-profile.json"),
+) -> int:
+    """Find the fastest layout for a model and a shape, and write it down for `serve --profile-file`.
+
+    Parameters
+    ----------
+    model_path
+        A diffusers folder, a Hugging Face model id, or "demo".
+    revision
+        Branch, tag or commit of a model id.
+    num_gpus
+        Ranks to lay out.
+    height
+        Pixels; unset: the model's default.
+    width
+        Pixels; unset: the model's default.
+    num_frames
+        Frames of video; unset: the model's default.
+    guidance_scale
+        1 or less: without guidance, so without guidance branches to spread.
+    machine
+        Constants to predict with: cpu-gloo, h100-nvlink, h100-pcie, or a JSON file; unset: chosen by this machine.
+    measure
+        How many of the best predictions to measure.
+    profile_file
+        Where the profile goes.
+    """
+    from launch.tune import tune as find_layout
+
+    if measure < 1:
+        raise InvalidInput("measure", f"{measure} is too few; take 1 or more, or --dry-run")
+    config = Config(model_path=model_path, revision=revision, num_gpus=num_gpus)
+    check_config(config)
+    folder, card = _card_of(model_path, revision)
+    params = SamplingParams(
+        prompt="a measurement", height=height, width=width, num_frames=num_frames, guidance_scale=guidance_scale
+    )
+    return find_layout(
+        config, folder, card, params, machine=machine, dry_run=dry_run, measure=measure, profile_file=profile_file
+    )
 
 
 def top(
@@ -260,6 +331,8 @@ def _use_keys(curve_dir: str | None) -> None:
 class Prepared:
     """A model and a request that have passed every check that needs no weights."""
 
+    config: Config
+    """With the layout that fits the model."""
     folder: Path
     card: Card
     resolved: ResolvedParams | None
@@ -279,13 +352,35 @@ def prepare(
     if http:
         try_port(config.host, config.port)
     folder, card = _card_of(config.model_path, config.revision)
-    card.check_sp(config.layout.ulysses)
+    config = _fit_layout(config, card)
     resolved = None if params is None else card.check(params)
+    _check_ending(output, card, resolved)
     if config.num_gpus > 1:
-        _say(f"note: layout {config.layout}")
-    if config.vae_sp:
-        _say("note: vae_sp: the decode still runs on one rank; spreading it is not available yet")
-    return Prepared(folder, card, resolved)
+        _say("note: " + "\n".join(describe_layout(config.layout, card)))
+    for note in _notes(config, card):
+        _say(f"note: {note}")
+    config = replace(config, vae_sp=config.vae_sp and config.num_gpus > 1 and card.decodes_in_strips)
+    return Prepared(config, folder, card, resolved)
+
+
+def _fit_layout(config: Config, card: Card) -> Config:
+    from runtime.models.card import most_branches
+
+    return fit_layout(config, card, most_branches(card))
+
+
+def _notes(config: Config, card: Card) -> Iterator[str]:
+    """What was asked for and changes nothing, or something else, with the reason."""
+    if config.use_fsdp_inference and config.num_gpus == 1:
+        yield "use_fsdp_inference: one rank has nobody to share its weights with; it holds all of them"
+    if config.vae_sp and config.num_gpus == 1:
+        yield "vae_sp: one rank decodes alone"
+    if config.vae_sp and not card.decodes_in_strips:
+        yield f"vae_sp: the {card.family} decode cannot be shared; every picture is decoded by one rank"
+    if config.vae_sp and config.vae_tiling and config.num_gpus > 1 and card.decodes_in_strips:
+        yield "vae_tiling: with vae_sp the ranks decode strips of rows, which need no tiles and no blending"
+    if config.vae_slicing:
+        yield "vae_slicing: decodes take one request and one latent frame at a time anyway"
 
 
 def _card_of(model_path: str, revision: str | None) -> tuple[Path, Card]:
@@ -304,12 +399,22 @@ def _check_output(output: Output) -> None:
         return
     if "/" in name or "\\" in name or not name.isprintable():
         raise InvalidInput("output_file_name", f"{name!r} is no plain file name; the folder goes into --output-path")
-    if Path(name).suffix.lower() != ".mp4":
+    if Path(name).suffix.lower() not in {VIDEO, *PICTURES}:
+        endings = ", ".join(PICTURES)
         raise InvalidInput(
-            "output_file_name", f'{name!r} must end in .mp4, as in "clip.mp4"; videos are written as MP4'
+            "output_file_name", f'{name!r} must end in .mp4, as in "clip.mp4", or for a picture in one of {endings}'
         )
     if len(os.fsencode(name)) > 255:
         raise InvalidInput("output_file_name", f"{name!r} is longer than the 255 bytes that a file name may have")
+
+
+def _check_ending(output: Output, card: Card, resolved: ResolvedParams | None) -> None:
+    """A video goes into an MP4, one frame may also be a picture; an image model makes nothing else."""
+    ending = Path(output.output_file_name or "").suffix.lower()
+    if ending == VIDEO and card.task_type == "T2I":
+        raise InvalidInput("output_file_name", f"this model makes pictures; take one of {', '.join(PICTURES)}")
+    if ending in PICTURES and resolved is not None and resolved.num_frames > 1:
+        raise InvalidInput("output_file_name", f"{resolved.num_frames} frames are a video; it must end in .mp4")
 
 
 def try_folder(folder: Path) -> None:
@@ -351,8 +456,8 @@ def _bind_fault(host: str, port: int, error: OSError) -> InvalidInput:
     return InvalidInput("host", f"{host} cannot be listened on: {error.strerror}")
 
 
-def _print_plan(config: Config, ready: Prepared) -> int:
-    layout = config.layout
+def _print_plan(ready: Prepared) -> int:
+    config, layout = ready.config, ready.config.layout
     plan: dict[str, Any] = {
         "model": {"folder": str(ready.folder), **_describe(ready.card)},
         "layout": {"cfg": layout.cfg, "ring": layout.ring, "ulysses": layout.ulysses, "ranks": layout.num_ranks},

@@ -45,8 +45,6 @@ _APPROXIMATE = "approximate attention is not available yet; take torch_sdpa"
 LATER: dict[str, Later] = {
     "performance_mode": _value("performance modes are not available yet", "auto", "manual"),
     "tp_size": _value("tensor parallelism of the text encoders is not available yet", 1),
-    "enable_cfg_parallel": _switch("running the guidance branches on separate ranks is not available yet"),
-    "use_fsdp_inference": _switch("sharding the weights over the ranks is not available yet"),
     "enable_torch_compile": _switch("torch.compile is not available yet"),
     "warmup": _switch("warm-up runs are not available yet"),
     "warmup_resolutions": _value("warm-up runs are not available yet", []),
@@ -61,7 +59,6 @@ LATER: dict[str, Later] = {
     "lora_path": _value(_LORA),
     "lora_nickname": _value(_LORA, "default"),
     "vae_path": _value("a VAE from elsewhere is not available yet; the model folder's own is used"),
-    "vae_slicing": _switch("VAE slicing is not available yet; --vae-tiling lowers the memory of a decode"),
     "pipeline_class_name": _value("choosing the pipeline class is not available yet; the model folder names it"),
     "trust_remote_code": _switch("code from a model folder is never run"),
     "diffusers_attention_backend": _value(_DIFFUSERS),

@@ -19,9 +19,9 @@ from gateway.media.metadata import generation_metadata
 from gateway.mesh import Event, Frames, Mesh
 from launch.supervisor import Supervisor
 from launch.weights import resolve_model
-from runtime.config import Config, check_config
+from runtime.config import Config, check_config, fit_layout
 from runtime.errors import FramemeshError, StartFailed
-from runtime.models.card import Card, card_for, read_configs
+from runtime.models.card import Card, card_for, most_branches, read_configs
 from runtime.protocol import MeshState, Request
 from runtime.sampling import ResolvedParams, SamplingParams, check_terms
 
@@ -60,7 +60,7 @@ class Generator:
         """
         check_config(config)
         self.card: Card = card_for(read_configs(folder))
-        self.card.check_sp(config.layout.ulysses)
+        config = fit_layout(config, self.card, most_branches(self.card))
         self._loop = asyncio.new_event_loop()
         # The children die with the thread that started them: this one lives until close().
         self._thread = threading.Thread(target=self._loop.run_forever, name="framemesh", daemon=True)

@@ -25,9 +25,9 @@ class Output:
     """What becomes of the frames of `generate` and `run`."""
 
     output_file_name: str | None = None
-    """Name of the video inside --output-path, ending in .mp4; unset: a name of its own."""
+    """Name of the result inside --output-path, ending in .mp4 (a picture: .png, .jpg, .webp); unset: one of its own."""
     save_output: bool | None = None
-    """Write the video to disk; `run` always does."""
+    """Write the result to disk; `run` always does."""
     return_frames: bool = False
     """Hand the raw frames back: in the Python SDK only."""
 
@@ -104,6 +104,11 @@ def take_in(tokens: list[str], environ: Mapping[str, str]) -> Intake:
     from_file = _known(read_file(file), file) if file is not None else {}
     from_environment, notes = _from_environment(environ)
     settings = from_file | from_environment
+    profile = next((phrase.value for phrase in phrases if phrase.name == "profile_file"), None)
+    if profile is not None and command == "serve":
+        said = {n: s.values[0] for n, s in settings.items()} | dict(_said(phrase) for phrase in phrases)
+        from_profile, idle = read_profile(profile, said)
+        settings, notes = from_profile | settings, notes + idle
     given = {phrase.name for phrase in phrases} | settings.keys()
     usable = {name: setting for name, setting in settings.items() if name in COMMANDS[command]}
     return Intake([command, *words], usable, notes + _idle_notes(command, given))
@@ -210,6 +215,51 @@ def read_file(path: str) -> dict[str, Any]:
     if not isinstance(content, dict | None):
         raise InvalidInput("--config", f"{path} holds no mapping of settings to values")
     return dict(_flatten(content or {}))
+
+
+LAYOUT_SETTINGS = frozenset(
+    {"num_gpus", "sp_degree", "ulysses_degree", "ring_degree", "enable_cfg_parallel", "cfg_parallel_size"}
+)
+"""What a profile decides together: half of a layout is none."""
+
+
+def _said(phrase: Phrase) -> tuple[str, str]:
+    """(setting, value) of a flag; a switch alone says true, and one with no- in front the opposite."""
+    name = phrase.name.removeprefix("no_")
+    if name not in BOOLEANS:
+        return phrase.name, phrase.value or ""
+    value = phrase.value if phrase.value in {"true", "false"} else "true"
+    return name, value if phrase.name == name else {"true": "false", "false": "true"}[value]
+
+
+def read_profile(path: str, said: Mapping[str, str]) -> tuple[dict[str, Setting], list[str]]:
+    """The settings of a profile that `framemesh tune` wrote, without those that were said by hand, and a note on each.
+
+    Args:
+        path: of the profile.
+        said: settings given by hand, with what they say.
+
+    Raises:
+        InvalidInput: the file cannot be read or is no profile.
+    """
+    try:
+        flags = json.loads(Path(path).expanduser().read_text(encoding="utf-8"))["flags"].items()
+    except OSError as error:
+        raise InvalidInput("--profile-file", f"{path} cannot be read: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InvalidInput("--profile-file", f"{path} is no profile of `framemesh tune`") from error
+    found = _known({name: value for name, value in flags if value is not False}, path)
+    notes = []
+    by_hand = {name for name in found if name in said and said[name].lower() != found[name].values[0].lower()}
+    for name in sorted(by_hand):
+        notes.append(f"note: {name}: {said[name]} by hand wins over {found[name].values[0]} of the profile")
+    dropped = {name for name in found if name in said}
+    if LAYOUT_SETTINGS & (by_hand | (said.keys() - found.keys())):
+        rest = sorted((LAYOUT_SETTINGS & found.keys()) - dropped)
+        dropped |= set(rest)
+        if rest:
+            notes.append(f"note: {', '.join(rest)} of the profile belong to its own layout and are left out")
+    return {name: setting for name, setting in found.items() if name not in dropped}, notes
 
 
 def _flatten(tree: dict[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import re
 import signal
@@ -56,9 +57,9 @@ def generate_once(config: Config, folder: Path, params: SamplingParams, file_nam
         with Generator(config, folder, on_state=lambda state: _show_start(view, state)) as generator:
             result = generator.generate(params, on_event=lambda event: _show_event(view, event))
         if save:
-            video, sheet = _target(config, params, result.metadata["seed"], file_name)
-            _write_video(result, video)
-            _write_sheet(video, sheet)
+            suffix = ".png" if generator.card.task_type == "T2I" else ".mp4"
+            video, sheet = _target(config, params, result.metadata["seed"], file_name, suffix)
+            _write(result, video, sheet)
     if save:
         _report(video, sheet, result.metadata["seed"], result.metadata["timings"])
     return 0
@@ -134,7 +135,10 @@ async def _run_once(config: Config, folder: Path, params: SamplingParams, file_n
             await supervisor.start()
             await supervisor.wait_ready()
             ended = asyncio.create_task(supervisor.watch())
-            video = asyncio.create_task(asyncio.to_thread(_one_video, supervisor.url, config, params, file_name, view))
+            client = Client(supervisor.url)
+            # Closed, it waits for nobody any more in the thread.
+            closing.callback(client.close)
+            video = asyncio.create_task(asyncio.to_thread(_one_video, client, config, params, file_name, view))
             await asyncio.wait({ended, video}, return_when=asyncio.FIRST_COMPLETED)
             if not video.done():
                 ended.result()
@@ -144,9 +148,10 @@ async def _run_once(config: Config, folder: Path, params: SamplingParams, file_n
             made.append(video.result())
 
         try:
-            signalled = await signals.during(work())
-            if signalled:
-                _say("stopping")
+            with contextlib.ExitStack() as closing:
+                signalled = await signals.during(work())
+                if signalled:
+                    _say("stopping")
         finally:
             await supervisor.leave(DRAIN_S)
             await supervisor.stop()
@@ -156,39 +161,67 @@ async def _run_once(config: Config, folder: Path, params: SamplingParams, file_n
 
 
 def _one_video(
-    url: str, config: Config, params: SamplingParams, file_name: str | None, view: ProgressView
+    client: Client, config: Config, params: SamplingParams, file_name: str | None, view: ProgressView
 ) -> tuple[Path, Path, int, dict[str, float]]:
     """One prompt over HTTP: (video, contact sheet, seed, timings)."""
+    from gateway.media.stills import SUFFIXES
+
     sent = time.monotonic()
     first_frame = 0.0
-    with Client(url) as client:
-        job = client.create(params)
-        for name, data in client.events(job["id"]):
-            if name == "queued":
-                view.stage("queued", eta_s=data.get("eta_s"))
-            elif name == "stage":
-                view.stage(data["stage"])
-            elif name == "step":
-                view.stage(data.get("stage", "denoise"), data["step"], data["total_steps"], data["eta_s"])
-            elif name == "frames":
-                first_frame = first_frame or time.monotonic() - sent
-                view.frames(data["first"] + data["count"], data["total"])
-            elif name == "error":
-                raise RequestFailed(job["id"], data["error"]["code"], data["error"]["message"])
-        done = client.retrieve(job["id"])
-        video, sheet = _target(config, params, done["seed"], file_name)
-        client.download(job["id"], video)
+    if client.task_type() == "T2I" or Path(file_name or "").suffix.lower() in {*SUFFIXES}:
+        view.stage("picture")
+        return _one_picture(client, config, params, file_name)
+    job = client.create(params)
+    for name, data in client.events(job["id"]):
+        if name == "queued":
+            view.stage("queued", eta_s=data.get("eta_s"))
+        elif name == "stage":
+            view.stage(data["stage"])
+        elif name == "step":
+            view.stage(data.get("stage", "denoise"), data["step"], data["total_steps"], data["eta_s"])
+        elif name == "frames":
+            first_frame = first_frame or time.monotonic() - sent
+            view.frames(data["first"] + data["count"], data["total"])
+        elif name == "error":
+            raise RequestFailed(job["id"], data["error"]["code"], data["error"]["message"])
+    done = client.retrieve(job["id"])
+    video, sheet = _target(config, params, done["seed"], file_name, ".mp4")
+    client.download(job["id"], video)
     _write_sheet(video, sheet)
     timings = {**done["timings"], "first frame after": first_frame, "done after": time.monotonic() - sent}
     return video, sheet, done["seed"], timings
 
 
-def _target(config: Config, params: SamplingParams, seed: int, file_name: str | None) -> tuple[Path, Path]:
-    """(video, contact sheet) in the output folder, which is made if need be."""
+def _one_picture(
+    client: Client, config: Config, params: SamplingParams, file_name: str | None
+) -> tuple[Path, Path, int, dict[str, float]]:
+    """One prompt to an image model over HTTP: (picture, itself, seed, timings)."""
+    from gateway.media.stills import SUFFIXES
+
+    sent = time.monotonic()
+    kind = SUFFIXES[Path(file_name or ".png").suffix.lower() or ".png"]
+    made = client.create_image(params, output_format=kind)
+    picture, sheet = _target(config, params, made["seed"], file_name, ".png")
+    picture.write_bytes(base64.b64decode(made["b64_json"]))
+    return picture, sheet, made["seed"], {**made["timings"], "done after": time.monotonic() - sent}
+
+
+def _target(config: Config, params: SamplingParams, seed: int, file_name: str | None, suffix: str) -> tuple[Path, Path]:
+    """(result, contact sheet) in the output folder, which is made if need be; a picture is its own contact sheet."""
     slug = re.sub(r"[^a-z0-9]+", "-", params.prompt.lower()).strip("-")[:60] or "video"
-    video = Path(config.output_path) / (file_name or f"{slug}-{seed}.mp4")
-    video.parent.mkdir(parents=True, exist_ok=True)
-    return video, video.with_suffix(".png")
+    result = Path(config.output_path) / (file_name or f"{slug}-{seed}{suffix}")
+    result.parent.mkdir(parents=True, exist_ok=True)
+    return result, result.with_suffix(".png") if result.suffix.lower() == ".mp4" else result
+
+
+def _write(result: Result, target: Path, sheet: Path) -> None:
+    from gateway.media.stills import SUFFIXES, still
+
+    if target.suffix.lower() == ".mp4":
+        _write_video(result, target)
+        _write_sheet(target, sheet)
+    else:
+        target.write_bytes(still(result.frames[0], SUFFIXES[target.suffix.lower()], result.metadata))
 
 
 def _write_video(result: Result, video: Path) -> None:
@@ -210,7 +243,8 @@ def _write_sheet(video: Path, sheet: Path) -> None:
 
 
 def _report(video: Path, sheet: Path, seed: int, timings: dict[str, float]) -> None:
-    print(f"video          {video}\ncontact sheet  {sheet}\nseed           {seed}")
+    print(f"video          {video}\ncontact sheet  {sheet}" if sheet != video else f"picture        {video}")
+    print(f"seed           {seed}")
     print("timings        " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in timings.items()), flush=True)
 
 

@@ -55,7 +55,7 @@ class Supervisor:
 
     def __init__(self, config: Config, folder: Path, *, with_gateway: bool, quiet: bool) -> None:
         """`quiet` sends what the children log to files, whose end is shown if one of them fails."""
-        self._devices = pick_devices(config.num_gpus, config.device)
+        self._devices = pick_devices(config.num_gpus, config.device, share=config.dist_backend == "staged")
         self.config = replace(config, device=self._devices.kind)
         self.devices_reason = self._devices.reason
         self._model_folder = folder
@@ -294,9 +294,13 @@ class Supervisor:
             self._draining.set()
         if state.ready:
             self._ready.set()
-        # What fails before it was ever ready would fail the same way again.
-        elif state.gave_up or (state.losses and not self._ready.is_set()):
-            self._give_up(state.reason.removeprefix("the workers are restarting: "))
+            return
+        reason = state.reason.removeprefix("the workers are restarting: ")
+        if not self._ready.is_set() and state.losses:
+            # What fails before it was ever ready would fail the same way again.
+            self._give_up(reason)
+        elif state.gave_up:
+            self._give_up(f"the workers were lost too often (--crash-limit): {reason}")
 
     def _fence(self, message: Fence) -> None:
         """Kill a rank that hangs, if it is one of ours."""

@@ -50,6 +50,7 @@ def main() -> None:
         limits,
         config.max_active,
         checkpoint_every=config.checkpoint_every_steps,
+        decode_on_all=config.vae_sp and config.num_gpus > 1,
         found=find_saved(config.spool) if config.checkpoint_every_steps else {},
         losses=LossLog(config.crash_limit),
     )

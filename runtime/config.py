@@ -6,7 +6,7 @@ A field is a flag (`--ulysses-degree`), a config-file key (`ulysses_degree`) and
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,7 +14,7 @@ import msgspec
 
 from runtime.bounds import MAX_PROMPT_CHARS
 from runtime.errors import InvalidInput
-from runtime.layout import Layout, derive_layout
+from runtime.layout import Heads, Layout, derive_layout
 
 Precision = Literal["fp16", "bf16", "fp32"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -55,13 +55,24 @@ class Config:
     sp_degree: int | None = None
     """Sequence-parallel degree (ring * ulysses); unset: derived."""
     ulysses_degree: int | None = None
-    """DeepSpeed-Ulysses degree: all-to-all between heads and sequence; unset: derived."""
+    """DeepSpeed-Ulysses degree: all-to-all between heads and sequence; unset: as much of SP as divides the heads."""
     ring_degree: int | None = None
-    """Ring-attention degree; unset: derived."""
+    """Ring-attention degree; unset: what Ulysses leaves of SP."""
+    enable_cfg_parallel: bool = False
+    """Evaluate the guidance branches on separate ranks; requests without guidance use them for SP."""
+    cfg_parallel_size: int | None = None
+    """Groups of ranks that share the guidance branches; unset: 2 with --enable-cfg-parallel, else 1."""
+    sp_engine: Literal["native", "yunchang"] = "native"
+    """Attention over several ranks: our own, or yunchang's (CUDA with flash-attn only)."""
+    dist_backend: Literal["auto", "nccl", "gloo", "staged"] = "auto"
+    """Transport of tensors between ranks; auto: NCCL on CUDA, gloo on CPUs. staged: CUDA tensors over gloo."""
     device: Literal["auto", "cuda", "cpu"] = "auto"
     """auto takes CUDA when there are enough GPUs for the ranks, else the CPU."""
     dist_timeout: int = 600
     """Seconds after which a collective that hangs is an error."""
+
+    use_fsdp_inference: bool = False
+    """Every rank holds 1/N of the denoiser's and the text encoders' weights (FSDP2) instead of all of them."""
 
     dit_precision: Precision | None = None
     """Precision of the denoiser; unset: bf16 on CUDA, fp32 on CPU."""
@@ -73,8 +84,10 @@ class Config:
     """Attention kernel of the denoiser."""
     vae_tiling: bool = False
     """Decode frames above the tile size tile by tile, as the VAE's own tiled decode does."""
+    vae_slicing: bool = False
+    """Decode one request at a time, to save memory; every decode here does, so this changes nothing."""
     vae_sp: bool = False
-    """Ask for the VAE decode to be spread over the ranks."""
+    """Decode over all ranks, each of which decodes a strip of rows of every frame; tiles are then not needed."""
     vae_config: VaeConfig = field(default_factory=VaeConfig)
     """Parts and tiles of the VAE."""
 
@@ -120,11 +133,23 @@ class Config:
 
     @property
     def layout(self) -> Layout:
+        return self.layout_on()
+
+    @property
+    def cfg_degree(self) -> int:
+        if self.cfg_parallel_size is not None:
+            return self.cfg_parallel_size
+        return 2 if self.enable_cfg_parallel else 1
+
+    def layout_on(self, heads: int | None = None) -> Layout:
+        """The layout for a model with so many heads, or before the model is known."""
         return derive_layout(
             self.num_gpus,
             sp_degree=self.sp_degree,
             ulysses_degree=self.ulysses_degree,
             ring_degree=self.ring_degree,
+            cfg_degree=self.cfg_degree,
+            heads=heads,
         )
 
     @property
@@ -142,9 +167,10 @@ def check_config(config: Config) -> None:
     Raises:
         InvalidInput: names the field.
     """
-    layout = config.layout
-    if layout.ring > 1:
-        raise InvalidInput("ring_degree", f"{layout}: ring attention is not available yet; use ulysses_degree")
+    if config.enable_cfg_parallel and config.cfg_degree == 1:
+        raise InvalidInput("cfg_parallel_size", "1 contradicts enable_cfg_parallel; take 2 or more, or leave it out")
+    _ = config.layout
+    _check_transport(config)
     if not 0 <= config.port <= 65535:
         raise InvalidInput("port", f"{config.port} is not a port; take 0 (any free one) to 65535")
     if not config.vae_config.load_decoder:
@@ -165,6 +191,38 @@ def check_config(config: Config) -> None:
         value = getattr(config.vae_config, name)
         if value is not None and value < 64:
             raise InvalidInput(f"vae_config.{name}", f"{value} is below the smallest tile of 64 pixels")
+
+
+def _check_transport(config: Config) -> None:
+    if config.sp_engine == "yunchang" and config.device == "cpu":
+        raise InvalidInput("sp_engine", "yunchang needs CUDA and flash-attn; take native on the CPU")
+    if config.dist_backend == "nccl" and config.device == "cpu":
+        raise InvalidInput("dist_backend", "nccl moves CUDA tensors only; take gloo on the CPU")
+    if config.use_fsdp_inference and config.dist_backend == "staged":
+        raise InvalidInput("use_fsdp_inference", "dist_backend staged cannot gather sharded weights; take nccl")
+
+
+def fit_layout(config: Config, card: Heads, branches: int) -> Config:
+    """The configuration with the layout that suits the model, now that it is known.
+
+    Args:
+        config: any degrees may be unset.
+        card: of the model.
+        branches: most guidance branches that a step of the model evaluates.
+
+    Raises:
+        InvalidInput: a rank would be left without a head, or never get a branch; states the equation.
+    """
+    if config.cfg_degree > branches:
+        reason = f"cfg({config.cfg_degree}) > {branches} guidance branches of this model; leave the ranks to SP"
+        raise InvalidInput("enable_cfg_parallel", reason)
+    layout = config.layout_on(card.heads)
+    if layout.ulysses > card.heads:
+        reason = f"ulysses({layout.ulysses}) > {card.heads} attention heads; give the rest to ring_degree"
+        raise InvalidInput("ulysses_degree", reason)
+    if layout == config.layout:
+        return config
+    return replace(config, ulysses_degree=layout.ulysses, ring_degree=layout.ring)
 
 
 def save_frozen(config: Config, path: Path) -> None:

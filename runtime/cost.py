@@ -123,7 +123,8 @@ class CostModel:
         return median(self._errors) if self._errors else None
 
     def _work(self, kind: str, params: ResolvedParams, layout: Layout) -> float:
-        shape = (kind, params.height, params.width, params.num_frames, params.guidance_scale > 1, layout.num_ranks)
+        branches = len(self.card.branches(params, 0))
+        shape = (kind, params.height, params.width, params.num_frames, branches, layout.num_ranks)
         work = self._work_cache.get(shape)
         if work is None:
             work = self._work_cache[shape] = self._count_work(kind, params, layout)

@@ -24,7 +24,7 @@ class SamplingParams:
     num_inference_steps: int | None = None
     """Number of denoising steps."""
     guidance_scale: float | None = None
-    """Classifier-free guidance weight; 1 or less switches guidance off."""
+    """Guidance weight, 1 or less switches it off; guidance-distilled models take it as an input."""
     seed: int | None = None
     """Seed of the initial noise; unset draws one and reports it."""
     height: int | None = None
@@ -35,6 +35,8 @@ class SamplingParams:
     """Frames of video."""
     fps: int | None = None
     """Frames per second of the written video."""
+    true_cfg_scale: float | None = None
+    """Classifier-free guidance against the negative prompt in image models; 1 or less switches it off."""
 
 
 class ResolvedParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -49,6 +51,7 @@ class ResolvedParams(msgspec.Struct, frozen=True, kw_only=True):
     width: Pixels
     num_frames: SomeFrames
     fps: SomeSteps
+    true_cfg_scale: Guidance = 1.0
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):

@@ -21,6 +21,7 @@ from itertools import chain, islice
 
 from runtime.batching import BatchLimits, batch_budget
 from runtime.cost import CostModel
+from runtime.errands import Errands
 from runtime.fairness import FairShare, turn
 from runtime.gateways import Gateways
 from runtime.layout import Layout
@@ -30,7 +31,6 @@ from runtime.outlook import outlook
 from runtime.predictions import Predictions, item_size
 from runtime.protocol import (
     Cancelled,
-    Checkpoint,
     Completed,
     Decode,
     Denoise,
@@ -38,7 +38,6 @@ from runtime.protocol import (
     Failed,
     Measurement,
     Progress,
-    Release,
     Request,
     SavedState,
     WorkItem,
@@ -92,6 +91,8 @@ class Scheduler:
     """Shares of the API keys; 1 for a key that is not here."""
     checkpoint_every: int = 0
     """Steps between two checkpoints of a request; 0: none."""
+    decode_on_all: bool = False
+    """Every decode runs on all ranks, each of which has a strip of every frame."""
     found: dict[str, SavedState] = field(default_factory=dict)
     """Checkpoints of an earlier life, by request."""
     losses: LossLog = field(default_factory=LossLog)
@@ -108,14 +109,7 @@ class Scheduler:
     _deadlines: list[tuple[float, str]] = field(default_factory=list)
     _batch_caps: dict[Hashable, int] = field(default_factory=dict)
     """Batches that ran out of memory, halved."""
-    _releases: list[str] = field(default_factory=list)
-    """Requests that ended: their states and checkpoints can go."""
-    _retries: list[str] = field(default_factory=list)
-    """Requests that start again: their states can go."""
-    _saves: list[str] = field(default_factory=list)
-    """Requests that are due for a checkpoint."""
-    _saving: set[str] = field(default_factory=set)
-    """Requests whose checkpoint is being written."""
+    _errands: Errands = field(default_factory=Errands)
     _drain_until: float = math.inf
     _time_up: bool = False
     """The drain's time is over: no item is started any more."""
@@ -174,14 +168,14 @@ class Scheduler:
 
     def checkpointed(self, request_id: str, saved: SavedState) -> None:
         """A request's state is durable, whatever became of the rank that wrote it."""
-        self._saving.discard(request_id)
+        self._errands.saved(request_id)
         record = self._requests.get(request_id)
         if record is not None and saved.step > record.resume_step:
             record.saved = saved
 
     def checkpoint_failed(self, request_id: str) -> None:
         """The request goes on with the checkpoint that it has, or with none."""
-        self._saving.discard(request_id)
+        self._errands.saved(request_id)
 
     def drain(self, timeout_s: float | None, now: float) -> None:
         """Take no new work; after the timeout start no item any more either, and save what has not ended."""
@@ -193,8 +187,8 @@ class Scheduler:
         """Nothing is left, or the time is up and what is left was saved."""
         if not self.draining or self.running:
             return False
-        saved = not self._saving and not self._saves
-        return not self._requests or (self._time_up and (saved or now >= self._drain_until + SAVE_S))
+        saved = not self._errands.saving or now >= self._drain_until + SAVE_S
+        return not self._requests or (self._time_up and saved)
 
     def completed(self, rank: int, seq: int, seconds: float, now: float) -> None:
         """A rank is done with an item; the item is over when all its ranks are."""
@@ -233,9 +227,7 @@ class Scheduler:
         lost = list(self.running.values())
         self.ready = False
         self.running.clear()
-        self._retries.clear()
-        self._saves.clear()
-        self._saving.clear()
+        self._errands.group_lost()
         self._gateways.refill()
         for record in self._active.values():
             record.running = False
@@ -262,8 +254,10 @@ class Scheduler:
         """Items to start now, in the one global order."""
         self._expire(now)
         self._refuse_too_large(now)
-        self._time_up = now >= self._drain_until
-        items: list[WorkItem] = list(self._errands())
+        self._save_at_the_end(now)
+        items: list[WorkItem] = []
+        if self.ready:
+            items += self._errands.items(self._active, self._all_ranks(), self._next_seq)
         # A rank waits for the others of its last item: whether that one failed decides what comes next.
         busy = {rank for running in self.running.values() for rank in running.item.ranks}
         free = [rank for rank in self._all_ranks() if rank not in busy]
@@ -311,27 +305,6 @@ class Scheduler:
         """(place in its key's line, predicted seconds until its last frame if nothing else arrives)."""
         return outlook(record, self._active.values(), self._queue, self.predictions, self.limits)
 
-    def _errands(self) -> Iterator[WorkItem]:
-        """What the ranks do in passing, without a report."""
-        if self._time_up and self.checkpoint_every and not self.running:
-            self._saves += [r.id for r in self._active.values() if r.stage is Stage.DENOISE and r.step > r.saved_upto]
-        if not self.ready:
-            return
-        if self._retries:
-            yield Release(self._next_seq(), self._all_ranks(), tuple(self._retries), keep_saved=True)
-            self._retries.clear()
-        if self._releases:
-            yield Release(self._next_seq(), self._all_ranks(), tuple(self._releases))
-            self._releases.clear()
-        saves = [request_id for request_id in self._saves if request_id in self._active]
-        self._saves.clear()
-        if saves:
-            for request_id in saves:
-                self._active[request_id].saved_upto = self._active[request_id].step
-            self._saving.update(saves)
-            # Every rank has the same state; the first one writes it.
-            yield Checkpoint(self._next_seq(), self._all_ranks()[:1], tuple(saves))
-
     def _next_item(self, waiting: Waiting, free: list[int], now: float) -> Encode | Denoise | Decode | None:
         self._fair.wait(set(waiting))
         admitting = True
@@ -341,7 +314,8 @@ class Scheduler:
                 # Whoever finds no room holds the door shut behind itself, or it would wait for ever.
                 admitting = False
                 continue
-            if len(free) < self.layout.num_ranks and (record.alone or record.stage is not Stage.DECODE):
+            on_all = record.alone or record.stage is not Stage.DECODE or self.decode_on_all
+            if on_all and len(free) < self.layout.num_ranks:
                 # The whole mesh is due for this one: work for a single free rank would keep it waiting.
                 return None
             if record.stage is Stage.DECODE:
@@ -454,14 +428,17 @@ class Scheduler:
         return Encode(self._next_seq(), self._all_ranks(), tuple(record.request for record in entered), resume)
 
     def _plan_decode(self, record: RequestRecord, free: list[int]) -> Decode | None:
-        """The next chunks, on the rank where the decode is open, or on a free one with room for it."""
+        """The next chunks, on the rank where the decode is open, or on a free one with room for it.
+
+        A decode on all ranks is booked on the first: no other holds more.
+        """
         credits = self._gateways.credits(record.gateway)
         if credits < 1:
             return None
         if record.decode_rank is None:
             # If the rank with the most room has too little, every other has.
-            rank = min(free, key=self.memory.held)
-            if self.memory.budget is None:
+            rank = free[0] if self.decode_on_all else min(free, key=self.memory.held)
+            if self.memory.budget is None and not self.decode_on_all:
                 rank = next((r for r in free if self.memory.may_open_decode(record, r)), rank)
             if not self.memory.may_open_decode(record, rank):
                 return None
@@ -476,11 +453,20 @@ class Scheduler:
             chunks = min(self._units(seconds, record.total_chunks - record.chunk), credits)
         self._gateways.spend(record.gateway, chunks)
         record.running = True
-        ranks, endpoint = (record.decode_rank,), self._gateways.endpoint(record.gateway)
+        ranks = self._all_ranks() if self.decode_on_all else (record.decode_rank,)
+        endpoint = self._gateways.endpoint(record.gateway)
         return Decode(self._next_seq(), ranks, record.id, chunks, endpoint, record.chunk, record.attempt)
 
     def _units(self, seconds: float, left: int) -> int:
         return max(1, min(left, round(self.item_seconds / seconds)))
+
+    def _save_at_the_end(self, now: float) -> None:
+        """A drain whose time is up writes what it cannot finish."""
+        self._time_up = now >= self._drain_until
+        if self._time_up and self.checkpoint_every and not self.running:
+            for record in self._active.values():
+                if record.stage is Stage.DENOISE and record.step > record.saved_upto:
+                    self._errands.save(record.id)
 
     def _charge(self, records: list[RequestRecord], rank_seconds: float) -> None:
         """Book an item's predicted rank-seconds on its requests' keys."""
@@ -557,7 +543,7 @@ class Scheduler:
             return
         self._leave_ranks(record)
         if self.ready:
-            self._retries.append(record.id)
+            self._errands.starts_again(record.id)
         record.restart(now)
         # What was submitted with it is not encoded with it again.
         self._groups += 1
@@ -621,7 +607,7 @@ class Scheduler:
                 record.step += item.steps
                 done = record.step == record.total_steps
                 if self.checkpoint_every and (done or record.step - record.saved_upto >= self.checkpoint_every):
-                    self._saves.append(record.id)
+                    self._errands.save(record.id)
                 if done:
                     record.move(Stage.DECODE, now)
             # Chunks that went to a gateway that is gone count for nothing.
@@ -663,7 +649,7 @@ class Scheduler:
         if record in self._queue:
             self._queue.remove(record)
         if record.stage in ACTIVE or record.saved is not None:
-            self._releases.append(record.id)
+            self._errands.ended(record.id)
         if record.stage in ACTIVE:
             self._leave_ranks(record)
         record.move(stage, now)

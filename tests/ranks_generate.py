@@ -1,78 +1,113 @@
-"""One rank of a parity run: cases (JSON) through the executor with real work items; saves latents and frames."""
+"""One rank of a parity run: a plan (JSON) of runs through executors with real work items; saves latents and frames.
+
+Plan: {"models": {name: folder}, "runs": [{"name", "model", "layout": [cfg, ring, ulysses], "mutation", "joint",
+"requests": [case, …]}]}. One request runs alone; of several, one more joins the batch after every three steps.
+"""
 
 import json
+import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from mutations import broken
 from safetensors.torch import save_file
 
 from runtime.config import Config
+from runtime.layout import Layout, layouts_of
 from runtime.models.card import card_for, read_configs
 from runtime.protocol import Decode, Denoise, Encode, Release, Request
 from runtime.sampling import SamplingParams
-from workers.parallel import ulysses
-from workers.setup import build_executor
+from workers import executor as executing
+from workers import setup
+from workers.parallel.comm import ALONE
+from workers.parallel.groups import SOLO, make_groups
+
+STRIDE = 3
+"""Steps after which an item ends and another request joins."""
 
 
 class Collector:
     """Stands in for the frame sender."""
 
     def __init__(self):
-        self.chunks = []
+        self.chunks = {}
 
     def send(self, endpoint, header, pixels):
-        self.chunks.append(pixels)
+        self.chunks.setdefault(header.request_id, []).append(pixels)
 
 
-def mutate(name):
-    """Break one thing on purpose: the parity bound must notice."""
-    if name == "heads":
-        right = ulysses.gather_heads
-        ulysses.gather_heads = lambda x, sizes, group: right(x, sizes, group).roll(1, dims=3)
-    elif name == "tokens":
-        right_tokens = ulysses.gather_tokens
-        ulysses.gather_tokens = lambda x, sizes, group: right_tokens(x, sizes, group).roll(sizes[0], dims=2)
-    else:
-        assert name == "none", name
+def params_of(case):
+    names = {"steps": "num_inference_steps", "guidance": "guidance_scale"}
+    return SamplingParams(**{names.get(name, name): value for name, value in case.items()})
 
 
-def main(folder, cases_file, out, mutation):
-    import os
+class Rank:
+    """One executor per model, with the groups of every layout of the plan."""
 
-    rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    mutate(mutation)
-    config = Config(model_path=folder, num_gpus=num_ranks, device="cpu", dist_timeout=60)
-    card = card_for(read_configs(Path(folder)))
-    frames = Collector()
-    executor, _, _ = build_executor(config, Path(folder), card, torch.device("cpu"), rank, 0, frames)
-    everyone, layout = tuple(range(num_ranks)), config.layout
-    tensors = {}
-    for name, case in json.loads(Path(cases_file).read_text()).items():
-        params = card.check(
-            SamplingParams(
-                prompt=case["prompt"],
-                negative_prompt=case.get("negative_prompt"),
-                seed=case["seed"],
-                height=case["height"],
-                width=case["width"],
-                num_frames=case["num_frames"],
-                num_inference_steps=case["steps"],
-                guidance_scale=case["guidance"],
-            )
-        )
-        frames.chunks.clear()
-        executor.run(Encode(1, everyone, (Request(name, params),)))
-        # Two items, the second with the rest: steps must go on where the last item stopped.
-        executor.run(Denoise(2, everyone, layout, (name,), 3))
-        executor.run(Denoise(3, everyone, layout, (name,), case["steps"] - 3))
-        tensors[f"{name}/latents"] = executor.states[name].latents.clone()
-        executor.run(Decode(4, (rank,), name, 1, ""))
-        executor.run(Decode(5, (rank,), name, len(card.decode_chunks(params)) - 1, "", first_chunk=1))
-        tensors[f"{name}/frames"] = torch.cat(frames.chunks)
-        executor.run(Release(6, everyone, (name,)))
+    def __init__(self, plan):
+        self.rank, self.num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        self.everyone = tuple(range(self.num_ranks))
+        self.frames, self.tensors, self.executors, self.cards = Collector(), {}, {}, {}
+        layouts = list(dict.fromkeys(Layout(*run["layout"]) for run in plan["runs"]))
+        groups = None
+        for name, folder in plan["models"].items():
+            config = Config(model_path=folder, num_gpus=self.num_ranks, device="cpu", dist_timeout=60)
+            card = self.cards[name] = card_for(read_configs(Path(folder)))
+            args = config, Path(folder), card, torch.device("cpu"), self.rank, 0, self.frames
+            self.executors[name], _, _ = setup.build_executor(*args)
+            setup.init_distributed = lambda *_: None
+            every = [
+                each for layout in layouts for each in layouts_of(layout, card) if each.num_ranks == self.num_ranks
+            ]
+            groups = make_groups(every, self.rank, "gloo")
+            for layout in layouts:
+                if layout.num_ranks < self.num_ranks:
+                    # Every group of the guided layout by itself: the sequential run that it is compared with.
+                    guided = Layout(self.num_ranks // layout.num_ranks, layout.ring, layout.ulysses)
+                    groups[layout] = replace(groups.get(guided, SOLO), cfg=ALONE)
+            self.executors[name]._groups = groups
+
+    def run(self, run):
+        executor, card, layout = self.executors[run["model"]], self.cards[run["model"]], Layout(*run["layout"])
+        waiting = [Request(f"{run['name']}/{i}", card.check(params_of(case))) for i, case in enumerate(run["requests"])]
+        solo = len(waiting) == 1
+        executing.JOINT_TOKENS = 32_768 if run.get("joint", True) else 0
+        running = []
+        with broken(run["mutation"]):
+            while waiting or running:
+                if waiting:
+                    request = waiting.pop(0)
+                    executor.run(Encode(1, self.everyone, (request,)))
+                    running.append(request)
+                left = min(request.params.num_inference_steps - executor.states[request.id].step for request in running)
+                steps = min(STRIDE, left)
+                # The order of a batch is the scheduler's business: here the latest comes first.
+                ids = tuple(request.id for request in reversed(running))
+                executor.run(Denoise(2, self.everyone, layout, ids, steps))
+                for request in [r for r in running if executor.states[r.id].step == r.params.num_inference_steps]:
+                    self.finish(executor, card, request, decode=solo and run["mutation"] == "none")
+                    running.remove(request)
         assert not executor.states
-    save_file(tensors, Path(out) / f"rank{rank}.safetensors")
+
+    def finish(self, executor, card, request, decode):
+        self.tensors[f"{request.id}/latents"] = executor.states[request.id].latents.clone()
+        if decode:
+            chunks = len(card.decode_chunks(request.params))
+            executor.run(Decode(4, (self.rank,), request.id, 1, ""))
+            if chunks > 1:
+                executor.run(Decode(5, (self.rank,), request.id, chunks - 1, "", first_chunk=1))
+            self.tensors[f"{request.id}/frames"] = torch.cat(self.frames.chunks.pop(request.id))
+        executor.run(Release(6, self.everyone, (request.id,)))
+
+
+def main(plan_file, out):
+    plan = json.loads(Path(plan_file).read_text())
+    rank = Rank(plan)
+    for run in plan["runs"]:
+        rank.run(run)
+    save_file(rank.tensors, Path(out) / f"rank{rank.rank}.safetensors")
 
 
 if __name__ == "__main__":

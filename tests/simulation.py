@@ -94,6 +94,7 @@ class Simulation:
         weights=None,
         checkpoint_every=0,
         found=None,
+        decode_on_all=False,
     ):
         self.cost = cost or KnownCost()
         limits = BatchLimits(max_batch)
@@ -106,6 +107,7 @@ class Simulation:
             weights=weights or {},
             checkpoint_every=checkpoint_every,
             found=dict(found or {}),
+            decode_on_all=decode_on_all,
         )
         self.budget = budget
         self.now = 0.0
@@ -128,6 +130,7 @@ class Simulation:
         self.running = {}
         self.due: dict[tuple[int, int], float] = {}
         self.unsent: dict[int, int] = {}
+        self.failed: set[int] = set()
         self.gateways: dict[bytes, Gateway] = {}
         self.num_joined = 0
         if ready:
@@ -175,15 +178,17 @@ class Simulation:
             del self.running[seq]
         if failure is not None:
             self.disturbed |= set(ids_of(item))
-            if isinstance(item, Decode):
-                sent = item.chunks - self.unsent.pop(seq)
-                self.excess(item.endpoint, sent)
+            self.failed.add(seq)
+        elif isinstance(item, Decode) and rank == item.ranks[0]:
+            while self.unsent[seq]:
+                self.send_chunk(seq)
+        if isinstance(item, Decode) and over:
+            left = self.unsent.pop(seq)
+            if seq in self.failed:
+                self.excess(item.endpoint, item.chunks - left)
+        if failure is not None:
             self.scheduler.failed(rank, seq, *failure, self.now)
         else:
-            if isinstance(item, Decode):
-                while self.unsent[seq]:
-                    self.send_chunk(seq)
-                del self.unsent[seq]
             self.scheduler.completed(rank, seq, self.seconds_of(item), self.now)
         self.settle()
 
@@ -332,7 +337,8 @@ class Simulation:
         assert state.steps == state.params.num_inference_steps, "decoded before its last step"
         assert item.chunks >= 1
         assert item.chunks == 1 or item.first_chunk > 0, "the first chunk has company"
-        (rank,) = item.ranks
+        assert item.ranks == self.ranks if self.scheduler.decode_on_all else len(item.ranks) == 1
+        rank = item.ranks[0]
         assert state.decode_rank in {None, rank} or item.first_chunk == 0, "a decode moved"
         if self.budget is None and state.decode_rank is None:
             assert not any(other.decode_rank == rank and self.open(other_id) for other_id, other in self.states.items())

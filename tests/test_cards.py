@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from runtime.errors import InvalidInput
-from runtime.models.card import card_for, read_configs
+from runtime.models.card import card_for, most_branches, read_configs
 from runtime.models.wan import FOLDED_TEXT, WanCard
 from runtime.sampling import SamplingParams
 
@@ -150,11 +150,9 @@ def test_limits_themselves_are_allowed(card, limit):
     assert {name: getattr(resolved, name) for name in limit} == limit
 
 
-def test_a_ulysses_degree_divides_the_heads(card):
-    for degree in (1, 2, 4):
-        card.check_sp(degree)
-    with pytest.raises(InvalidInput, match=r"4 attention heads do not divide by 3; take one of \[1, 2, 4\]"):
-        card.check_sp(3)
+def test_what_a_layout_needs_to_know(card):
+    assert card.heads == 4
+    assert most_branches(card) == 2
 
 
 # ---- counting ----------------------------------------------------------------------------------------------------
@@ -325,7 +323,11 @@ def test_a_pickle_beside_safetensors_is_ignored(folder):
 @pytest.mark.parametrize(
     ("part", "change", "words"),
     [
-        ("model_index", {"_class_name": "FluxPipeline"}, "no native family runs FluxPipeline; there are: WanPipeline"),
+        (
+            "model_index",
+            {"_class_name": "StableDiffusionPipeline"},
+            "no native family runs StableDiffusionPipeline; there are: FluxPipeline, QwenImagePipeline, WanPipeline",
+        ),
         ("model_index", {"_class_name": None}, "no native family runs None"),
         ("model_index", {"_class_name": ["code", "MyPipeline"]}, "no native family runs ['code', 'MyPipeline']"),
         ("model_index", {"boundary_ratio": 0.9}, "two-expert Wan 2.2"),

@@ -271,6 +271,17 @@ def test_what_does_not_fit_is_refused_and_leaves_nothing_behind(undisturbed, tmp
     assert len(str(caught.value)) < 300
 
 
+def test_a_broken_rng_state_is_refused_before_anything_changes(undisturbed, tmp_path):
+    run, file = undisturbed("euler-ancestral"), tmp_path / "broken.safetensors"
+    rewrite(checkpoint.Path(run.saved[4].path), file, tensors={"generator": torch.zeros(7).byte()}.items())
+    state = run.rank.encode(run.request)
+    latents, generator = state.latents, state.generator
+    with pytest.raises(CheckpointUnusable, match="RNG"):
+        checkpoint.restore(state, file, 4, run.rank.model)
+    assert state.latents is latents
+    assert (state.generator, state.step, state.solver._step_index) == (generator, 0, None)
+
+
 def test_other_parameters_are_refused(undisturbed):
     run = undisturbed("unipc")
     for asked in ({"seed": 4}, {"prompt": "a box"}, {"num_inference_steps": 9}, {"width": 48}, {"guidance_scale": 4.5}):

@@ -170,7 +170,7 @@ def test_every_boolean_works_in_every_spelling(meaning, name, underscores):
     no = [[f"--no-{word}"], [f"--{word}", "false"], [f"--{word}=false"], [f"--{word}", "FALSE"]]
     for words, expected in [*((w, True) for w in yes), *((w, False) for w in no)]:
         for line in ([*words, "--prompt", "a fox"], ["--prompt", "a fox", *words]):
-            config, params = meaning(*line)
+            config, params = meaning(*line, "--num-gpus", "2")
             assert field(config, name) is expected, line
             assert params.prompt == "a fox"
 
@@ -228,7 +228,7 @@ def test_the_documented_examples_load_unchanged_and_mean_the_same(meaning, capsy
     assert (config.vae_tiling, config.vae_sp, config.output_path) == (True, True, "outputs/")
     assert (params.prompt[:17], params.seed, params.num_inference_steps) == ("A beautiful woman", 1024, 6)
     assert (params.num_frames, params.fps) == (17, 24)
-    assert capsys.readouterr().err.count("the decode still runs on one rank") == 2
+    assert capsys.readouterr().err.count("strips of rows, which need no tiles") == 2
 
 
 @pytest.mark.parametrize("path", EXAMPLES)
@@ -283,7 +283,13 @@ BAD_LINES = [
     ("generate --prompt a --num-gpus 4 --ulysses-degree=3", "ulysses_degree", "= 3 ranks != 4 (num_gpus)"),
     ("generate --prompt a --num-gpus 4 --sp-degree 2", "sp_degree", "= 2 ranks != 4"),
     ("generate --prompt a --num-gpus 0", "num_gpus", "1 or more"),
-    ("generate --prompt a --num-gpus 3", "ulysses_degree", "take one of [1, 2, 4]"),
+    ("generate --prompt a --num-gpus 6 --ulysses-degree 6", "ulysses_degree", "ulysses(6) > 4 attention heads"),
+    ("generate --prompt a --enable-cfg-parallel", "enable_cfg_parallel", "cfg(2) does not divide 1 ranks"),
+    ("serve --num-gpus 3 --cfg-parallel-size 3", "enable_cfg_parallel", "cfg(3) > 2 guidance branches"),
+    ("serve --num-gpus 2 --enable-cfg-parallel --cfg-parallel-size 1", "cfg_parallel_size", "take 2 or more"),
+    ("serve --device cpu --sp-engine yunchang", "sp_engine", "take native on the CPU"),
+    ("serve --device cpu --dist-backend nccl", "dist_backend", "take gloo on the CPU"),
+    ("serve --sp-engine xdit", "--sp-engine", '"native", "yunchang"'),
     ("generate --prompt a --height 65", "height", "the nearest are 64 and 80"),
     ("generate --prompt a --num-frames 16", "num_frames", "the nearest are 13 and 17"),
     ("generate --prompt a --num-inference-steps 0", "num_inference_steps", "take 1 to"),
@@ -306,7 +312,6 @@ BAD_LINES = [
     ("generate --attention-backend sage_attn", "--attention-backend", "take torch_sdpa"),
     ("serve --warmup-resolutions 256x256 720x720", "--warmup-resolutions", "warm-up"),
     ("serve --text-encoder-cpu-offload --pin-cpu-memory --num-gpus 4", "--text-encoder-cpu-offload", "offloading"),
-    ("generate --num-gpus 8 --enable-cfg-parallel --ulysses-degree 4", "--enable-cfg-parallel", "guidance branches"),
 ]
 
 
@@ -390,6 +395,30 @@ def test_the_trial_of_the_output_folder_leaves_no_trace(started, tmp_path):
 
 
 # The other commands
+
+
+LAYOUT_LINES = [
+    ("--num-gpus 8 --enable-cfg-parallel --ulysses-degree 4", (2, 1, 4)),
+    ("--num-gpus 8 --enable-cfg-parallel", (2, 1, 4)),
+    ("--num-gpus 4 --enable-cfg-parallel --ulysses-degree=2", (2, 1, 2)),
+    ("--num-gpus 4 --ulysses-degree=4 --ring-degree=1", (1, 1, 4)),
+    ("--num-gpus 8 --cfg-parallel-size 2 --ring-degree 2", (2, 2, 2)),
+    ("--num-gpus 8", (1, 2, 4)),
+    ("--num-gpus 3", (1, 3, 1)),
+    ("--num-gpus 3 --ulysses-degree 3", (1, 1, 3)),
+    ("--num-gpus 6 --sp-degree 6", (1, 3, 2)),
+]
+"""On the demo model, which has 4 heads."""
+
+
+@pytest.mark.parametrize(("line", "layout"), LAYOUT_LINES, ids=[line for line, _ in LAYOUT_LINES])
+def test_the_layout_fits_the_model_and_is_printed(started, capsys, line, layout):
+    assert main(["generate", "--prompt", "a", *line.split()]) == 0
+    ((_, config, _, _, _, _),) = started
+    assert (config.layout.cfg, config.layout.ring, config.layout.ulysses) == layout
+    lines = capsys.readouterr().err.splitlines()
+    assert f"note: layout {config.layout}" in lines
+    assert sum(line.startswith("  rank ") for line in lines) == config.num_gpus
 
 
 def test_dry_run_prints_the_plan_and_starts_nothing(started, capsys):

@@ -1,20 +1,16 @@
-"""The oracle: latents and frames on 1, 2 and 4 ranks against diffusers.WanPipeline, same seed, fp32."""
-
-import json
+"""The oracle: latents and frames on 1, 2 and 4 ranks against diffusers' own pipeline, same seed, fp32."""
 
 import numpy as np
 import pytest
 import torch
-from ranks import run_ranks
-from safetensors.torch import load_file
-from tiny_wan import DEMO, build_tiny_wan, load_pipeline, reference
+from parity import AIM, BOUND, FAULT, LAYOUTS, Cell, Matrix, cells, distance, generate, shades
+from tiny_wan import DEMO, load_pipeline, reference
 
-BOUND = 1e-4
-PROMPT = "a red circle moving right"
+from runtime.layout import Layout
 
 DEMO_CASES = {
     f"seed{seed}-{height}x{width}x{frames}": {
-        "prompt": PROMPT,
+        "prompt": "a red circle moving right",
         "seed": seed,
         "height": height,
         "width": width,
@@ -27,77 +23,75 @@ DEMO_CASES = {
 }
 """48x80x9 has 45 tokens: they do not divide by 2."""
 
-TINY_CASES = {
-    "even": {"prompt": PROMPT, "seed": 3, "height": 32, "width": 32, "num_frames": 9, "steps": 8, "guidance": 4.0},
-    "odd": {"prompt": "a star", "seed": 4, "height": 48, "width": 48, "num_frames": 9, "steps": 8, "guidance": 4.0},
-    "still": {"prompt": "a star", "seed": 5, "height": 16, "width": 48, "num_frames": 1, "steps": 8, "guidance": 4.0},
-    "unguided": {"prompt": "a box", "seed": 6, "height": 32, "width": 32, "num_frames": 5, "steps": 8, "guidance": 1.0},
-    "negative": {
-        "prompt": "a box",
-        "negative_prompt": "blurry &amp; dull",
-        "seed": 7,
-        "height": 32,
-        "width": 64,
-        "num_frames": 5,
-        "steps": 8,
-        "guidance": 4.0,
-    },
-}
-"""Tokens: 12, 27, 3, 8, 16. Three tokens on four ranks leave one rank without any."""
+
+@pytest.fixture(scope="module")
+def matrix(tmp_path_factory):
+    return Matrix(tmp_path_factory.mktemp("parity"))
 
 
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    return build_tiny_wan(tmp_path_factory.mktemp("tiny") / "wan")
-
-
-@pytest.fixture(scope="session")
-def oracle(tiny):
-    """(model, case) -> (latents, frames uint8) by diffusers, each made once."""
-    answers = {}
-    for model, folder, cases in (("demo", DEMO, DEMO_CASES), ("tiny", tiny, TINY_CASES)):
-        pipeline = load_pipeline(folder)
-        for name, case in cases.items():
-            latents = reference(pipeline, case)
-            pictures = reference(pipeline, case, "pil")[0]
-            answers[model, name] = latents, np.stack([np.asarray(picture) for picture in pictures])
-    return answers
-
-
-def generate(tmp_path, num_ranks, folder, cases, mutation="none"):
-    """Every rank's tensors."""
-    cases_file = tmp_path / "cases.json"
-    cases_file.write_text(json.dumps(cases))
-    run_ranks(num_ranks, "ranks_generate.py", str(folder), str(cases_file), str(tmp_path), mutation)
-    return [load_file(tmp_path / f"rank{rank}.safetensors") for rank in range(num_ranks)]
-
-
-@pytest.mark.parametrize("num_ranks", [1, 2])
-def test_demo_model_equals_diffusers(tmp_path, oracle, num_ranks):
-    ranks = generate(tmp_path, num_ranks, DEMO, DEMO_CASES)
-    check(ranks, "demo", DEMO_CASES, oracle)
+@pytest.fixture(scope="module")
+def outcomes(matrix):
+    """Rank count -> outcomes of the covering part of the matrix; every group of ranks starts once."""
+    return {n: matrix.run(cells(full=False), n) for n in sorted({layout.num_ranks for layout in LAYOUTS})}
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_tiny_model_equals_diffusers(tmp_path, oracle, tiny, num_ranks):
-    ranks = generate(tmp_path, num_ranks, tiny, TINY_CASES)
-    check(ranks, "tiny", TINY_CASES, oracle)
+def test_every_cell_equals_diffusers(outcomes, num_ranks):
+    for outcome in outcomes[num_ranks]:
+        assert outcome.ranks_equal, f"ranks differ in {outcome.cell}"
+        assert outcome.difference <= BOUND, f"{outcome.cell}: latents differ by {outcome.difference:.1e}"
+        assert outcome.shades <= 1, f"{outcome.cell}: frames differ by {outcome.shades}/255"
 
 
-def check(ranks, model, cases, oracle):
-    for name in cases:
-        latents, frames = oracle[model, name]
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_every_cell_notices_its_fault(outcomes, num_ranks):
+    for outcome in outcomes[num_ranks]:
+        shown = outcome.fault_difference
+        assert shown > FAULT, f"{outcome.cell}: the fault {outcome.fault} changed the latents by only {shown:.1e}"
+
+
+def test_most_cells_reach_the_aim(outcomes):
+    everything = [outcome.difference for of in outcomes.values() for outcome in of]
+    assert np.median(everything) <= AIM
+
+
+def test_the_covering_part_covers():
+    some, every = cells(full=False), cells()
+    for part in ("family", "layout", "heads", "shape", "mode", "fault"):
+        assert {getattr(c, part) for c in some} == {getattr(c, part) for c in every}, part
+    assert {c.layout for c in every if c.shape == "odd" and c.heads == 3} == set(LAYOUTS)
+    assert len({c.name for c in every}) == len(every)
+
+
+@pytest.mark.parametrize(("num_ranks", "sp"), [(2, (1, 1)), (4, (1, 2)), (4, (2, 1))])
+def test_cfg_parallel_is_sequential_guidance_to_the_bit(matrix, tmp_path, num_ranks, sp):
+    """The same SP layout inside, one branch after another; alone and batched."""
+    found = [Cell("wan", 4, Layout(2, *sp), "odd", mode, "none") for mode in ("alone", "batched")]
+    runs = []
+    for cell in found:
+        run = {"model": cell.model, "requests": cell.requests, "mutation": "none"}
+        runs.append(run | {"name": f"parallel-{cell.mode}", "layout": [2, *sp]})
+        runs.append(run | {"name": f"sequential-{cell.mode}", "layout": [1, *sp], "joint": False})
+    models = {"wan4": str(matrix.folder_of(found[0]))}
+    for tensors in generate(tmp_path, num_ranks, models, runs):
+        for cell in found:
+            for index in range(len(cell.requests)):
+                parallel, sequential = (
+                    tensors[f"{kind}-{cell.mode}/{index}/latents"] for kind in ("parallel", "sequential")
+                )
+                assert torch.equal(parallel, sequential)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_demo_model_equals_diffusers(tmp_path, num_ranks):
+    pipeline = load_pipeline(DEMO)
+    run = {"model": "demo", "layout": [1, 1, num_ranks], "mutation": "none"}
+    runs = [run | {"name": name, "requests": [case]} for name, case in DEMO_CASES.items()]
+    ranks = generate(tmp_path, num_ranks, {"demo": str(DEMO)}, runs)
+    for name, case in DEMO_CASES.items():
+        latents = reference(pipeline, case)
+        frames = np.stack([np.asarray(picture) for picture in reference(pipeline, case, "pil")[0]])
         for tensors in ranks:
-            assert torch.equal(tensors[f"{name}/latents"], ranks[0][f"{name}/latents"]), f"ranks differ in {name}"
-            difference = (tensors[f"{name}/latents"] - latents).abs().max().item()
-            assert difference <= BOUND, f"{name}: latents differ by {difference:.1e}"
-            shade = np.abs(tensors[f"{name}/frames"].numpy().astype(int) - frames.astype(int)).max()
-            assert shade <= 1, f"{name}: frames differ by {shade}/255"
-
-
-@pytest.mark.parametrize("mutation", ["heads", "tokens"])
-def test_a_wrong_exchange_is_caught(tmp_path, oracle, tiny, mutation):
-    cases = {"even": TINY_CASES["even"]}
-    broken = generate(tmp_path, 2, tiny, cases, mutation)[0]["even/latents"]
-    difference = (broken - oracle["tiny", "even"][0]).abs().max().item()
-    assert difference > 100 * BOUND, f"the mutation {mutation} changed the latents by only {difference:.1e}"
+            assert torch.equal(tensors[f"{name}/0/latents"], ranks[0][f"{name}/0/latents"]), f"ranks differ in {name}"
+            assert distance(tensors[f"{name}/0/latents"], latents) <= BOUND, name
+            assert shades(tensors[f"{name}/0/frames"], frames) <= 1, name

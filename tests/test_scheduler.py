@@ -232,6 +232,15 @@ def test_all_free_ranks_get_their_decodes_at_once():
     assert sorted(item.ranks for item in mesh.running.values()) == [(0,), (1,), (2,)]
 
 
+def test_a_decode_on_all_ranks_waits_for_them():
+    mesh = Simulation(num_ranks=3, decode_on_all=True)
+    mesh.join()
+    mesh.submit("a", "b", steps=5, frames=17)
+    mesh.run()
+    assert {item.ranks for item in mesh.items_of(Decode)} == {(0, 1, 2)}
+    assert {type(end) for end in mesh.ends.values()} == {Completed}
+
+
 def test_a_key_pays_for_every_rank_of_its_items():
     mesh = Simulation(num_ranks=2)
     mesh.join()
@@ -1345,6 +1354,7 @@ class Setting:
     growth: float
     budget: int | None
     checkpoint_every: int = 0
+    decode_on_all: bool = False
 
 
 SETTINGS = st.builds(
@@ -1354,6 +1364,7 @@ SETTINGS = st.builds(
     st.sampled_from([1.0, 0.5]),
     st.sampled_from([None, bytes_of("decode", 33), bytes_of("decode", 33) * 2, bytes_of("decode", 9)]),
     st.sampled_from([0, 1, 4]),
+    st.booleans(),
 )
 
 
@@ -1366,6 +1377,7 @@ def play(script, setting):
         cost=cost,
         budget=setting.budget,
         checkpoint_every=setting.checkpoint_every,
+        decode_on_all=setting.decode_on_all,
     )
     mesh.join(b"first", 2)
     for name, *arguments in script:

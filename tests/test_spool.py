@@ -7,8 +7,10 @@ import os
 import resource
 import subprocess
 import sys
+import tempfile
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import pytest
@@ -224,14 +226,25 @@ def test_reports_carry_the_epoch_of_now(stage):
     assert mesh.channel.receive(PATIENCE_S).epoch == 2
 
 
-def test_an_unknown_solver_is_said_for_what_it_is(stage, tmp_path):
+def test_an_unknown_solver_is_reported_each_time_and_logged_once(stage, tmp_path, capsys):
     from diffusers import PNDMScheduler
 
     mesh = stage()
     state = a_state(step=7)
     state.solver = PNDMScheduler()
-    assert "PNDMScheduler" in mesh.refused(state)
+    for state.step in (10, 20):
+        assert "PNDMScheduler" in mesh.refused(state)
+    assert capsys.readouterr().out.count("no checkpoints with PNDMScheduler") == 1
     assert not (tmp_path / "spool").exists()
+
+
+def test_a_written_snapshot_keeps_no_tensor(stage):
+    mesh = stage()
+    state = a_state()
+    latents = weakref.ref(state.latents)
+    mesh.saved(state)
+    del state
+    eventually(lambda: latents() is None)
 
 
 def test_closing_writes_what_is_in_line(stage, tmp_path):
@@ -306,10 +319,24 @@ def test_a_folder_that_cannot_be_made(stage, tmp_path):
     assert mesh.refused(a_state("b"))
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_of_somebody_else(stage, tmp_path):
-    (tmp_path / "spool").mkdir(mode=0o500)
-    assert stage().refused(a_state()) == f"cannot write to the spool: {os.strerror(errno.EACCES)}"
+@pytest.fixture
+def nobody():
+    """Call it to lose root's right to write everywhere, until the end of the test."""
+    yield lambda: os.geteuid() or os.seteuid(65534)
+    os.seteuid(os.getuid())
+
+
+def test_a_folder_of_somebody_else(stage, nobody):
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o555)
+        mesh = stage(Path(folder))
+        state = a_state()
+        state.solver = None
+        mesh.refused(state)
+        # Connected by now; from here on it is about the folder alone.
+        nobody()
+        assert mesh.refused(a_state()) == f"cannot write to the spool: {os.strerror(errno.EACCES)}"
+        os.seteuid(os.getuid())
 
 
 def test_a_folder_that_vanished_is_not_made_again(stage, tmp_path):

@@ -1,7 +1,9 @@
 """One rank's life over real sockets with a real model: resumes, repeated decodes, new schedulers, errors."""
 
-import gc
+import socket
+import subprocess
 import threading
+import time
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -9,8 +11,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from single_rank import ALONE, GIB, STEPS, SingleRank, a_seat
-from tiny_wan import build_tiny_wan
+from tiny_wan import DEMO, build_tiny_wan
 
+from launch.process import child_environment, python_module
+from runtime.config import Config, save_frozen
 from runtime.protocol import (
     Checkpoint,
     Checkpointed,
@@ -39,6 +43,7 @@ from workers.spool import Spool
 from workers.worker import MAX_REASON, GroupBroken, Heart, Worker, describe, failure_code
 
 PATIENCE_S = 30.0
+START_S = 120.0
 NEXT_EPOCH = 2
 
 
@@ -341,6 +346,87 @@ def test_a_seat_says_hello_as_it_was_taken():
     assert isinstance(a_seat(), Seat)
 
 
+# ---- as a process ------------------------------------------------------------------------------------------------
+
+
+class Process:
+    """`python -m workers`, one life of one rank, and the scheduler's end of its sockets."""
+
+    def __init__(self, channel, folder, config_file, epoch):
+        command = python_module("workers", "--scheduler", channel.endpoint, "--config", str(config_file))
+        environment = child_environment({"RANK": "0", "WORLD_SIZE": "1", "OMP_NUM_THREADS": "1"})
+        self.channel = channel
+        self.process = subprocess.Popen([*command, "--model-folder", str(folder)], env=environment)
+        hello = self.channel.receive(START_S)
+        self.identity = hello.sender
+        assert hello.message.pid == self.process.pid
+        self.channel.set_epoch(epoch)
+        self.channel.send(Welcome(epoch), to=self.identity)
+        self.hear(Ready)
+
+    def hear(self, kind, where=lambda message: True):
+        until = time.monotonic() + START_S
+        while time.monotonic() < until:
+            received = self.channel.receive(START_S)
+            assert received is not None
+            assert not isinstance(received.message, ItemFailed), received.message
+            if isinstance(received.message, kind) and where(received.message):
+                return received.message
+        raise AssertionError(f"no {kind} came")
+
+    def run(self, item):
+        self.channel.send(item, to=self.identity)
+        return self.hear(Done, lambda done: done.seq == item.seq)
+
+
+@pytest.mark.slow
+def test_a_rank_that_is_killed_goes_on_in_its_next_life_and_under_the_next_scheduler(rank, tmp_path, tmp_path_factory):
+    """Real processes: kill -9 after a checkpoint, and a scheduler of another epoch; the frames are the same bytes."""
+    sockets, config_file = tmp_path_factory.mktemp("s"), tmp_path / "config.json"
+    save_frozen(Config(device="cpu", spool_dir=str(tmp_path / "spool")), config_file)
+    channel = Channel.bind(f"ipc://{sockets}/s", ToScheduler)
+    gateway = Channel.bind(f"ipc://{sockets}/g", FramesChunk)
+    request = rank.request("r")
+    chunks = len(rank.card.decode_chunks(request.params))
+
+    def frames():
+        return b"".join(bytes(gateway.receive(PATIENCE_S).payload) for _ in range(chunks))
+
+    life = Process(channel, DEMO, config_file, epoch=1)
+    life.run(Encode(1, (0,), (request,)))
+    life.run(Denoise(2, (0,), ALONE, ("r",), 3))
+    channel.send(Checkpoint(3, (0,), ("r",)), to=life.identity)
+    saved = life.hear(Checkpointed).saved
+    life.run(Denoise(4, (0,), ALONE, ("r",), STEPS - 3))
+    life.run(Decode(5, (0,), "r", chunks, gateway.endpoint))
+    expected = frames()
+    life.process.kill()
+    life.process.wait(PATIENCE_S)
+
+    life = Process(channel, DEMO, config_file, epoch=1)
+    life.run(Encode(1, (0,), (request,), {"r": saved}))
+    life.run(Denoise(2, (0,), ALONE, ("r",), STEPS - 3))
+    life.run(Decode(3, (0,), "r", chunks, gateway.endpoint))
+    assert frames() == expected
+
+    beat = life.hear(Heartbeat)
+    assert (beat.host, beat.pid) == (socket.gethostname(), life.process.pid)
+    channel.set_epoch(NEXT_EPOCH)
+    channel.send(Welcome(NEXT_EPOCH), to=life.identity)
+    assert life.hear(WorkerHello).pid == life.process.pid
+    assert life.hear(Ready).model.name == "demo"
+    life.run(Encode(1, (0,), (request,), {"r": saved}))
+    life.run(Denoise(2, (0,), ALONE, ("r",), STEPS - 3))
+    life.run(Decode(3, (0,), "r", chunks, gateway.endpoint, 0, 2))
+    assert frames() == expected
+    channel.send(Release(0, (0,), ("r",)), to=life.identity)
+    channel.send(Shutdown(), to=life.identity)
+    assert life.process.wait(PATIENCE_S) == 0
+    assert list((tmp_path / "spool").iterdir()) == []
+    channel.close()
+    gateway.close()
+
+
 # ---- errors ------------------------------------------------------------------------------------------------------
 
 
@@ -389,24 +475,25 @@ def test_elsewhere_an_error_costs_the_item_alone(mesh, rank, broken, monkeypatch
     mesh.denoise(1, "bystander")
 
 
-def test_out_of_memory_is_said_so_and_lets_go_of_the_memory(mesh, rank, broken):
-    """A real refusal of the allocator, in the middle of a forward that holds a tensor."""
-    held = []
+def test_out_of_memory_is_said_so_and_lets_go_of_the_memory(mesh, rank, broken, monkeypatch):
+    """A real refusal of the allocator, in the middle of a forward that holds a tensor: gone before it is reported."""
+    held, alive, send = [], [], mesh.mine.send
 
     def exhaust():
         large = torch.zeros(1000)
         held.append(weakref.ref(large))
         torch.empty(1 << 60)
 
+    def report(message):
+        alive.append([ref() for ref in held])
+        send(message)
+
     mesh.encode(rank.request("r"))
     broken(rank.family.denoiser, exhaust)
-    gc.disable()
-    try:
-        failure = mesh.denoise(1, "r", expect=ItemFailed)
-        assert (failure.code, failure.group_broken) == ("out_of_memory", False)
-        assert [ref() for ref in held] == [None]
-    finally:
-        gc.enable()
+    monkeypatch.setattr(mesh.mine, "send", report)
+    failure = mesh.denoise(1, "r", expect=ItemFailed)
+    assert (failure.code, failure.group_broken) == ("out_of_memory", False)
+    assert alive == [[None]]
     mesh.encode(rank.request("s"))
 
 

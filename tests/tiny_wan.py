@@ -22,7 +22,7 @@ def randomise(module: torch.nn.Module, seed: int) -> None:
                 parameter.copy_(parameter + 0.3 * noise)
 
 
-def build_tiny_wan(folder: Path, *, patched_vae: bool = False) -> Path:
+def build_tiny_wan(folder: Path, *, patched_vae: bool = False, heads: int = 4) -> Path:
     """Save it; the tokenizer is the demo model's. `patched_vae` gives the VAE a pixel patch of 2."""
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
@@ -33,7 +33,7 @@ def build_tiny_wan(folder: Path, *, patched_vae: bool = False) -> Path:
     )
     denoiser = WanTransformer3DModel(
         patch_size=(1, 2, 2),
-        num_attention_heads=4,
+        num_attention_heads=heads,
         attention_head_dim=24,
         in_channels=4,
         out_channels=4,

@@ -140,13 +140,10 @@ def restore(state: RequestState, path: Path, step: int, model: str) -> None:
         raise _unusable(state, "it has no RNG state that fits the solver")
     fields = {name: _value(state, note, tensors) for name, note in header.fields.items()}
     latents = _latents(state, header, tensors)
-    noise = _tensor(state, header.generator, tensors) if header.generator is not None else None
-    state.latents, state.step = latents, step
+    generator = state.generator if header.generator is None else _generator(state, header.generator, tensors)
+    state.latents, state.generator, state.step = latents, generator, step
     for name, value in fields.items():
         setattr(state.solver, name, value)
-    if noise is not None:
-        assert state.generator is not None
-        state.generator.set_state(noise)
 
 
 def _fields_of(solver: Any) -> tuple[str, ...]:
@@ -211,6 +208,15 @@ def _latents(state: RequestState, header: Header, tensors: dict[str, torch.Tenso
     return latents
 
 
+def _generator(state: RequestState, note: TensorNote, tensors: dict[str, torch.Tensor]) -> torch.Generator:
+    generator = torch.Generator("cpu")
+    try:
+        generator.set_state(_tensor(state, note, tensors))
+    except (RuntimeError, TypeError) as error:
+        raise _unusable(state, f"its RNG state: {error}") from error
+    return generator
+
+
 def _value(state: RequestState, note: Value, tensors: dict[str, torch.Tensor]) -> Any:
     match note:
         case TensorNote():
@@ -231,8 +237,8 @@ def _tensor(state: RequestState, note: TensorNote, tensors: dict[str, torch.Tens
     if note.device not in {"cpu", state.latents.device.type}:
         raise _unusable(state, f"{note.name} was on {note.device}, the model is on {state.latents.device.type}")
     stored = tensors[note.name]
-    if len(note.strides) != stored.ndim:
-        raise _unusable(state, f"{note.name} has {stored.ndim} dimensions, not {len(note.strides)}")
+    if len(note.strides) != stored.ndim or min(note.strides, default=0) < 0:
+        raise _unusable(state, f"{note.name} has {stored.ndim} dimensions, not the strides {note.strides}")
     device = "cpu" if note.device == "cpu" else state.latents.device
     return torch.empty_strided(stored.shape, note.strides, dtype=stored.dtype, device=device).copy_(stored)
 

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
 from runtime.errors import FramemeshError
+from runtime.layout import Layout, layout_for
 from runtime.models.card import Card
 from runtime.protocol import Checkpoint, Decode, Denoise, Encode, FramesChunk, Release, WorkItem
 from workers.models.family import Family
+from workers.parallel.cfg import branches_of, gather_branches
+from workers.parallel.comm import ALONE, Group
 from workers.parallel.groups import Groups
-from workers.parallel.sequence import SOLO, SequenceParallel
+from workers.parallel.sequence import SequenceParallel
 from workers.spool import Spool
 from workers.state import RequestState
 
@@ -27,13 +31,22 @@ class Executor:
     """The states of the requests on this rank, and the modules that work on them."""
 
     def __init__(
-        self, family: Family, card: Card, sequence: SequenceParallel, groups: Groups, send_frames: SendFrames
+        self,
+        family: Family,
+        card: Card,
+        sequence: SequenceParallel,
+        groups: Mapping[Layout, Groups],
+        send_frames: SendFrames,
     ) -> None:
         self.states: dict[str, RequestState] = {}
         self.spool: Spool | None = None
         """Where checkpoints go; set once the model is warm."""
-        self.in_forward = False
-        """The denoiser runs; after an error: it was raised there, between collectives that others may wait in."""
+        self.in_collectives = False
+        """After an error: it was raised between collectives, in which other ranks may wait for this one."""
+        self.sharded = False
+        """Weights are gathered from other ranks, in every forward."""
+        self.decode_group: Group = ALONE
+        """With whom this rank decodes when an item names several ranks."""
         self._family = family
         self._card = card
         self._sequence = sequence
@@ -45,7 +58,7 @@ class Executor:
 
         After an error the states that the item names may be half done; no other state was touched.
         """
-        self.in_forward = False
+        self.in_collectives = False
         with torch.inference_mode():
             match item:
                 case Encode():
@@ -66,7 +79,8 @@ class Executor:
 
     def _encode(self, item: Encode) -> None:
         since = time.monotonic()
-        embeddings = self._family.encode(item.requests)
+        with self._collectives(self.sharded):
+            embeddings = self._family.encode(item.requests)
         states: dict[str, RequestState] = {}
         for request, embedding in zip(item.requests, embeddings, strict=True):
             generator = torch.Generator("cpu").manual_seed(request.params.seed)
@@ -83,37 +97,52 @@ class Executor:
     def _denoise(self, item: Denoise) -> None:
         since = time.monotonic()
         states = [self.states[request_id] for request_id in item.request_ids]
-        group = self._groups.ulysses if item.layout.sp > 1 else SOLO
-        with self._sequence.over(group):
-            for _ in range(item.steps):
-                self.step(states)
+        for _ in range(item.steps):
+            self.step(states, item.layout)
         for state in states:
             state.spend("denoise", since)
 
-    def step(self, states: list[RequestState]) -> None:
+    def step(self, states: list[RequestState], layout: Layout) -> None:
         """One denoising step of a batch: inputs -> forward -> guidance and solver, each request on its own schedule."""
         branches = self._card.branches(states[0].params, states[0].step)
-        predictions: dict[str, torch.Tensor] = {}
-        for together in self._forwards(states, branches):
-            inputs = self._family.inputs(states, together)
-            self.in_forward = True
-            output = self._family.denoiser(**inputs)[0]
-            self.in_forward = False
-            predictions |= dict(zip(together, output.split(len(states)), strict=True))
+        # A step may need fewer branches than the item's layout has groups for them.
+        groups = self._groups[layout_for(layout, len(branches), self._card)]
+        mine: dict[str, torch.Tensor] = {}
+        with self._sequence.over(groups):
+            for together in self._forwards(states, branches_of(branches, groups.cfg), groups):
+                inputs = self._family.inputs(states, together)
+                with self._collectives(layout.num_ranks > 1):
+                    output = self._family.denoiser(**inputs)[0]
+                mine |= dict(zip(together, output.split(len(states)), strict=True))
+        with self._collectives(groups.cfg.size > 1):
+            predictions = gather_branches(mine, branches, groups.cfg)
         for row, state in enumerate(states):
             self._family.advance(state, {branch: rows[row : row + 1] for branch, rows in predictions.items()})
 
-    def _forwards(self, states: list[RequestState], branches: tuple[str, ...]) -> list[tuple[str, ...]]:
-        """Which branches share a forward; decided from sizes alone, so that every rank and every run agree."""
+    @contextmanager
+    def _collectives(self, takes_part: bool) -> Iterator[None]:
+        """What runs inside may wait for other ranks, and they for this one; an error leaves the mark."""
+        self.in_collectives = takes_part
+        yield
+        self.in_collectives = False
+
+    def _forwards(self, states: list[RequestState], branches: tuple[str, ...], groups: Groups) -> list[tuple[str, ...]]:
+        """Which branches share a forward; decided from sizes alone, so that every rank and every run agree.
+
+        With guidance groups each branch runs alone, as it does without them above the limit: equal to the bit.
+        """
         tokens = self._card.tokens(states[0].params) * len(states) * len(branches)
-        return [branches] if tokens <= JOINT_TOKENS else [(branch,) for branch in branches]
+        together = groups.cfg.size == 1 and tokens <= JOINT_TOKENS
+        return [branches] if together else [(branch,) for branch in branches]
 
     def _decode(self, item: Decode) -> None:
         state = self.states[item.request_id]
-        decoder = self._open_decoder(state, item.first_chunk)
+        group = self.decode_group if len(item.ranks) > 1 else ALONE
+        decoder = self._open_decoder(state, item.first_chunk, group)
         for _ in range(item.chunks):
             since = time.monotonic()
-            frames = next(decoder)
+            with self._collectives(group.size > 1):
+                frames = next(decoder)
             state.spend("decode", since)
             count, height, width, _ = frames.shape
             header = FramesChunk(
@@ -130,15 +159,16 @@ class Executor:
             if state.frames_sent == state.params.num_frames:
                 # The VAE's cache is most of what a request holds, and nobody needs it any more.
                 state.decoder = None
-            self._send_frames(item.endpoint, header, frames)
+            if group.rank == 0:
+                self._send_frames(item.endpoint, header, frames)
 
-    def _open_decoder(self, state: RequestState, first_chunk: int) -> Iterator[torch.Tensor]:
+    def _open_decoder(self, state: RequestState, first_chunk: int, group: Group) -> Iterator[torch.Tensor]:
         """A decoder that comes to `first_chunk` next: a new one for 0, else the one that is open."""
         if first_chunk == 0:
             # Before the new one: the old one's cache is most of what a request holds.
             state.decoder = None
             state.frames_sent = 0
-            state.decoder = self._family.decode(state)
+            state.decoder = self._family.decode(state, group)
         due = sum(self._card.decode_chunks(state.params)[:first_chunk])
         if state.decoder is None or state.frames_sent != due:
             raise FramemeshError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -9,14 +10,19 @@ import psutil
 import torch
 
 from runtime.config import Config
+from runtime.layout import layouts_of
 from runtime.models.card import Card, read_configs
 from runtime.protocol import ModelInfo
 from workers.attention.backends import choose
 from workers.executor import Executor
 from workers.frames import FrameSender
 from workers.models.family import Family, Precisions, load_family
-from workers.parallel.groups import init_distributed, make_groups
+from workers.models.loading import Loader
+from workers.parallel.fsdp import shard_mesh
+from workers.parallel.groups import init_distributed, make_groups, pick_backend, warm_up
 from workers.parallel.sequence import SequenceParallel
+from workers.parallel.usp import usp_attention
+from workers.parallel.yunchang_engine import yunchang_engine
 
 STATE_SHARE = 0.5
 """Of the free memory; the rest is for the activations of a forward and of a decode."""
@@ -26,7 +32,11 @@ def pick_device(config: Config) -> torch.device:
     """CUDA as the launcher resolved it (one GPU per local rank), else the CPU."""
     if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    # Staged ranks may be more than there are GPUs: they share them.
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    device = torch.device(
+        "cuda", local_rank % torch.cuda.device_count() if config.dist_backend == "staged" else local_rank
+    )
     torch.cuda.set_device(device)
     return device
 
@@ -35,13 +45,21 @@ def build_executor(
     config: Config, folder: Path, card: Card, device: torch.device, rank: int, generation: int, sender: FrameSender
 ) -> tuple[Executor, Family, Precisions]:
     layout = config.layout
+    backend = pick_backend(config.dist_backend, device)
     if layout.num_ranks > 1:
-        init_distributed(device, config.dist_timeout, generation)
-    groups = make_groups(layout, rank)
-    family, precisions = load_family(folder, card, config, device)
-    attend = choose(config.attention_backend)
-    sequence = SequenceParallel(family.denoiser, family.sequence_plan, attend, family.attention_processor)
-    return Executor(family, card, sequence, groups, sender.send), family, precisions
+        init_distributed(backend, config.dist_timeout, generation)
+    groups = make_groups(layouts_of(layout, card), rank, backend)
+    mesh = shard_mesh(layout.num_ranks, device) if config.use_fsdp_inference else None
+    warm_up(groups, device)
+    family, precisions = load_family(folder, card, config, Loader(device, mesh))
+    kernel = choose(config.attention_backend)
+    engine = usp_attention if config.sp_engine == "native" else yunchang_engine(layout.num_ranks, device)
+    sequence = SequenceParallel(family.denoiser, family.sequence_plan, kernel, family.attention_processor, engine)
+    executor = Executor(family, card, sequence, groups, sender.send)
+    executor.sharded = mesh is not None
+    if config.vae_sp:
+        executor.decode_group = groups[layout].replica
+    return executor, family, precisions
 
 
 def describe_model(
@@ -63,5 +81,6 @@ def describe_model(
 def memory_budget(device: torch.device, ranks_on_host: int) -> int:
     """Bytes for the states of requests: what is free after loading, less room for activations."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * STATE_SHARE)
+        sharing = math.ceil(ranks_on_host / torch.cuda.device_count())
+        return int(torch.cuda.mem_get_info(device)[0] * STATE_SHARE / sharing)
     return int(psutil.virtual_memory().available * STATE_SHARE / ranks_on_host)

@@ -147,6 +147,8 @@ class Spool(threading.Thread):
         self._waiting: dict[str, Snapshot] = {}
         """By request, in the order of arrival."""
         self._closing = False
+        self._explained: set[str] = set()
+        """Reasons that the log has: what a solver cannot do is the same at every step."""
 
     # ---- in the compute thread: nothing here waits -------------------------------------------------------------
 
@@ -155,7 +157,11 @@ class Spool(threading.Thread):
         try:
             self._queue(capture(state, self._model))
         except NotCheckpointable as error:
-            self._fail(state.request.id, state.step, str(error))
+            reason = str(error)
+            if reason not in self._explained:
+                log.warning("no checkpoints", request=state.request.id, reason=reason)
+                self._explained.add(reason)
+            self._report(CheckpointFailed(self._seat.rank, state.request.id, state.step, reason))
 
     def resume(self, state: RequestState, saved: SavedState) -> None:
         """Put a freshly prepared state where the saved one was.
@@ -194,9 +200,12 @@ class Spool(threading.Thread):
             self._fail(request_id, dropped.header.step, f"the disk is slow: {reason}")
 
     def _fail(self, request_id: str, step: int, reason: str) -> None:
-        log.warning("no checkpoint", request=request_id, step=step, reason=reason)
+        log.warning("checkpoint lost", request=request_id, step=step, reason=reason)
+        self._report(CheckpointFailed(self._seat.rank, request_id, step, reason))
+
+    def _report(self, failure: CheckpointFailed) -> None:
         with self._changed:
-            self._failures.append(CheckpointFailed(self._seat.rank, request_id, step, reason))
+            self._failures.append(failure)
             self._changed.notify()
 
     # ---- in the spool's own thread -----------------------------------------------------------------------------
@@ -204,15 +213,22 @@ class Spool(threading.Thread):
     def run(self) -> None:
         channel: WorkerChannel = Channel.connect(self._seat.scheduler, FromScheduler, self._seat.identity + b"/spool")
         self._tidy(self._folder.sweep)
-        while (job := self._next()) is not None:
-            match job:
-                case CheckpointFailed():
-                    self._tell(channel, job)
-                case Snapshot():
-                    self._write(channel, job)
-                case request_id:
-                    self._tidy(partial(self._folder.remove, request_id))
+        while self._work(channel):
+            pass
         channel.close(linger_s=1.0)
+
+    def _work(self, channel: WorkerChannel) -> bool:
+        """One job, and nothing of it is held on to; False at the end."""
+        match self._next():
+            case None:
+                return False
+            case CheckpointFailed() as failure:
+                self._tell(channel, failure)
+            case Snapshot() as snapshot:
+                self._write(channel, snapshot)
+            case request_id:
+                self._tidy(partial(self._folder.remove, request_id))
+        return True
 
     def _next(self) -> CheckpointFailed | str | Snapshot | None:
         """Bad news first, then what frees space; None at the end."""

@@ -129,7 +129,7 @@ class Worker:
     def _failed(self, item: WorkItem, error: Exception) -> None:
         """Report it, and go on where no other rank can wait for us."""
         code, reason = failure_code(error), describe(error)
-        broken = self._executor.in_forward and len(item.ranks) > 1
+        broken = self._executor.in_collectives and len(item.ranks) > 1
         log.error("item failed", seq=item.seq, error=str(error), trace="".join(traceback.format_exception(error)))
         if not broken:
             _forget_tensors(error)

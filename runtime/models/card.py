@@ -10,7 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
+
 from runtime.errors import InvalidInput
+from runtime.models.flux import FluxCard
+from runtime.models.qwen_image import QwenImageCard
 from runtime.models.wan import WanCard
 from runtime.sampling import ResolvedParams, SamplingParams
 
@@ -33,16 +37,22 @@ class Card(Protocol):
         ...
 
     @property
+    def decodes_in_strips(self) -> bool:
+        """Whether the ranks can share a decode, each with a strip of the rows."""
+        ...
+
+    @property
     def decode_streams(self) -> str:
         """How frames leave the VAE: "per latent frame", "per temporal tile" or "in one piece"."""
         ...
 
-    def check(self, params: SamplingParams) -> ResolvedParams:
-        """Fill in defaults and refuse what the family cannot make; raises `InvalidInput`."""
+    @property
+    def heads(self) -> int:
+        """Attention heads of the denoiser: what Ulysses splits."""
         ...
 
-    def check_sp(self, ulysses: int) -> None:
-        """Refuse a Ulysses degree that the model's heads do not divide by; raises `InvalidInput`."""
+    def check(self, params: SamplingParams) -> ResolvedParams:
+        """Fill in defaults and refuse what the family cannot make; raises `InvalidInput`."""
         ...
 
     def clean_prompt(self, text: str) -> str:
@@ -80,7 +90,11 @@ class Card(Protocol):
         ...
 
 
-FAMILIES: dict[str, Callable[[Configs], Card]] = {"WanPipeline": WanCard.from_configs}
+FAMILIES: dict[str, Callable[[Configs], Card]] = {
+    "FluxPipeline": FluxCard.from_configs,
+    "QwenImagePipeline": QwenImageCard.from_configs,
+    "WanPipeline": WanCard.from_configs,
+}
 """Pipeline class in `model_index.json` -> card."""
 
 
@@ -133,6 +147,12 @@ def card_for(configs: Configs) -> Card:
         return FAMILIES[name](configs)
     except KeyError as error:
         raise InvalidInput("model_path", f"the folder's configs lack {error}, which a {name} has") from error
+
+
+def most_branches(card: Card) -> int:
+    """Guidance branches of a step with everything that the family guides by."""
+    plain = card.check(SamplingParams(prompt="a"))
+    return len(card.branches(msgspec.structs.replace(plain, guidance_scale=4.0, true_cfg_scale=4.0), 0))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

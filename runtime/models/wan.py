@@ -52,6 +52,7 @@ class WanCard:
     pipeline_class: str = "WanPipeline"
     task_type: str = "T2V"
     decode_streams: str = "per latent frame"
+    decodes_in_strips: bool = True
 
     @staticmethod
     def from_configs(configs: dict[str, dict[str, Any]]) -> WanCard:
@@ -89,6 +90,8 @@ class WanCard:
         guidance = self._default("guidance_scale", params.guidance_scale)
         if not 0 <= guidance <= 100:
             raise InvalidInput("guidance_scale", f"{guidance} is out of range; take 0 to 100 (1 or less: no guidance)")
+        if params.true_cfg_scale is not None and params.true_cfg_scale > 1:
+            raise InvalidInput("true_cfg_scale", "is for image models; Wan's is guidance_scale")
         return ResolvedParams(
             prompt=params.prompt,
             negative_prompt=params.negative_prompt or "",
@@ -100,13 +103,6 @@ class WanCard:
             num_frames=self._frames(params.num_frames),
             fps=self._whole("fps", params.fps, 240),
         )
-
-    def check_sp(self, ulysses: int) -> None:
-        if self.heads % ulysses:
-            degrees = [d for d in range(1, self.heads + 1) if self.heads % d == 0]
-            raise InvalidInput(
-                "ulysses_degree", f"{self.heads} attention heads do not divide by {ulysses}; take one of {degrees}"
-            )
 
     def clean_prompt(self, text: str) -> str:
         return re.sub(r"\s+", " ", html.unescape(html.unescape(ftfy.fix_text(text)))).strip()

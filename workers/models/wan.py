@@ -24,18 +24,20 @@ from runtime.models.card import Card
 from runtime.models.wan import TEXT_TOKENS
 from runtime.protocol import Request, TokenizerExport
 from workers.attention.backends import Attend
-from workers.models.loading import load_scheduler
-from workers.parallel.sequence import SequencePlan
+from workers.models.loading import Loader, load_scheduler
+from workers.parallel.comm import ALONE, Group
+from workers.parallel.sequence import SequencePlan, Split
+from workers.parallel.vae import StripParallel, my_strip, strip_rows, whole_frames
 from workers.state import RequestState
 
 PROMPTS = {"cond": "prompt", "uncond": "negative_prompt"}
 """Guidance branch -> the request's text for it."""
 
 SEQUENCE_PLAN = SequencePlan(
-    split_outputs={"rope": 1},
-    split_inputs={"blocks.0": (0, 1)},
-    gather_outputs={"proj_out": 1},
-    self_attention=("blocks.*.attn1",),
+    split_inputs={"blocks.0": {"hidden_states": Split("video", 1)}},
+    split_outputs={"rope": {0: Split("video", 1), 1: Split("video", 1)}},
+    gather_outputs={"proj_out": Split("video", 1)},
+    attention={"blocks.*.attn1": ("video",)},
 )
 """Video tokens are split before the first block and gathered after the last projection; text stays whole."""
 
@@ -146,20 +148,15 @@ class WanFamily:
     vae: Any
     solver: Any
     text: FoldedText
+    strips: StripParallel
     sequence_plan: SequencePlan = SEQUENCE_PLAN
     attention_processor: type[Any] = WanAttention
 
     @staticmethod
-    def load(
-        folder: Path, card: Card, config: Config, device: torch.device, dtypes: dict[str, torch.dtype]
-    ) -> WanFamily:
-        text_encoder = UMT5EncoderModel.from_pretrained(
-            folder / "text_encoder", dtype=dtypes["text_encoder"], use_safetensors=True
-        )
-        denoiser = WanTransformer3DModel.from_pretrained(
-            folder / "transformer", dtype=dtypes["dit"], use_safetensors=True
-        )
-        vae = AutoencoderKLWan.from_pretrained(folder / "vae", dtype=dtypes["vae"], use_safetensors=True)
+    def load(folder: Path, card: Card, config: Config, loader: Loader, dtypes: dict[str, torch.dtype]) -> WanFamily:
+        text_encoder = loader.text_encoder(UMT5EncoderModel, folder / "text_encoder", dtypes["text_encoder"])
+        denoiser = loader.denoiser(WanTransformer3DModel, folder / "transformer", dtypes["dit"])
+        vae = loader.whole(AutoencoderKLWan, folder / "vae", dtypes["vae"])
         text = FoldedText()
         for block in denoiser.blocks:
             block.attn2.set_processor(TextAttention(text))
@@ -170,13 +167,14 @@ class WanFamily:
             vae.enable_tiling(config.vae_config.tile_sample_min_height, config.vae_config.tile_sample_min_width)
         return WanFamily(
             card=card,
-            device=device,
+            device=loader.device,
             tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
-            text_encoder=text_encoder.to(device).eval(),
-            denoiser=denoiser.to(device).eval(),
-            vae=vae.to(device).eval(),
+            text_encoder=text_encoder,
+            denoiser=denoiser,
+            vae=vae,
             solver=load_scheduler(folder),
             text=text,
+            strips=StripParallel(vae.decoder),
         )
 
     @property
@@ -240,16 +238,22 @@ class WanFamily:
             prediction = uncond + state.params.guidance_scale * (prediction - uncond)
         state.advance(prediction)
 
-    def decode(self, state: RequestState) -> Iterator[torch.Tensor]:
+    def decode(self, state: RequestState, group: Group = ALONE) -> Iterator[torch.Tensor]:
         latents = state.latents.to(self.vae.dtype)
         config = self.vae.config
         mean = latents.new_tensor(config.latents_mean).view(1, -1, 1, 1, 1)
         std = 1.0 / latents.new_tensor(config.latents_std).view(1, -1, 1, 1, 1)
-        decoder = StreamDecoder(self.vae, latents / std + mean)
+        rows = strip_rows(latents.shape[-2], group)
+        if len(rows) == 1:
+            group = ALONE
+        # Strips are what tiles are for, less memory per rank, and they blend nothing.
+        decoder = StreamDecoder(self.vae, my_strip(latents / std + mean, rows, group), tiling=group.size == 1)
         for index in range(latents.shape[2]):
-            pixels = decoder.frame(index)
+            with self.strips.over(group, rows):
+                pixels = decoder.frame(index)
             unit = (pixels[0] * 0.5 + 0.5).clamp(0, 1)
-            yield (unit.float() * 255).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+            strip = (unit.float() * 255).round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+            yield whole_frames(strip, rows, group) if group.size > 1 else strip
 
 
 class StreamDecoder:
@@ -259,9 +263,10 @@ class StreamDecoder:
     a frame larger than the tile, every tile has a cache of its own and frames are blended as `vae.tiled_decode` does.
     """
 
-    def __init__(self, vae: Any, latents: torch.Tensor) -> None:
+    def __init__(self, vae: Any, latents: torch.Tensor, *, tiling: bool = True) -> None:
         self._vae = vae
         self._latents = latents
+        self._tiling = tiling and vae.use_tiling
         self._windows = self._tile_windows()
         convolutions = sum(isinstance(module, WanCausalConv3d) for module in vae.decoder.modules())
         self._caches = [[[None] * convolutions for _ in row] for row in self._windows]
@@ -287,7 +292,7 @@ class StreamDecoder:
         height, width = self._latents.shape[-2:]
         vae, ratio = self._vae, self._vae.spatial_compression_ratio
         tile_h, tile_w = vae.tile_sample_min_height // ratio, vae.tile_sample_min_width // ratio
-        if not vae.use_tiling or (height <= tile_h and width <= tile_w):
+        if not self._tiling or (height <= tile_h and width <= tile_w):
             return [[(slice(None), slice(None))]]
         rows = range(0, height, vae.tile_sample_stride_height // ratio)
         columns = range(0, width, vae.tile_sample_stride_width // ratio)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,26 +11,55 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from runtime.layout import Layout
-from workers.parallel.comm import Group
+from runtime.errors import InvalidInput
+from runtime.layout import Axis, Layout
+from workers.parallel.comm import ALONE, Backend, Group
 
 
 @dataclass(frozen=True)
 class Groups:
-    """This rank's groups in one layout."""
+    """This rank's groups in one layout; see `runtime.layout.VARYING`."""
 
-    ulysses: Group
+    cfg: Group = ALONE
+    ring: Group = ALONE
+    ulysses: Group = ALONE
+    sp: Group = ALONE
+    """ring and ulysses together; token shares are in its order."""
+    replica: Group = ALONE
+    """Every rank."""
 
 
-def init_distributed(device: torch.device, timeout_s: int, generation: int) -> None:
-    """Join the process group that torchrun's environment describes: NCCL for CUDA, gloo for CPUs.
+SOLO = Groups()
+AXES: tuple[Axis, ...] = ("cfg", "ring", "ulysses", "sp", "replica")
+
+
+def pick_backend(wanted: str, device: torch.device) -> Backend:
+    """The transport of tensors between ranks that `--dist-backend` means on this device.
+
+    Raises:
+        InvalidInput: it cannot move this device's tensors.
+    """
+    cuda = device.type == "cuda"
+    if wanted == "auto":
+        return "nccl" if cuda else "gloo"
+    if wanted == "nccl" and not cuda:
+        raise InvalidInput("dist_backend", "nccl moves CUDA tensors only; take gloo on the CPU")
+    if wanted == "staged" and not cuda:
+        raise InvalidInput("dist_backend", "staged is for CUDA tensors; CPU tensors go over gloo as they are")
+    if wanted == "gloo" and cuda:
+        raise InvalidInput("dist_backend", "gloo moves CPU tensors only; take nccl, or staged to share a GPU")
+    return "nccl" if wanted == "nccl" else "gloo" if wanted == "gloo" else "staged"
+
+
+def init_distributed(backend: Backend, timeout_s: int, generation: int) -> None:
+    """Join the process group that torchrun's environment describes.
 
     torchrun keeps one store over all restarts of the group; without a prefix of its own a restarted rank would read
     the addresses of dead ones.
     """
     store, rank, num_ranks = next(rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_s)))
     dist.init_process_group(
-        "nccl" if device.type == "cuda" else "gloo",
+        "nccl" if backend == "nccl" else "gloo",
         store=PrefixStore(f"generation{generation}", store),
         rank=rank,
         world_size=num_ranks,
@@ -37,13 +67,28 @@ def init_distributed(device: torch.device, timeout_s: int, generation: int) -> N
     )
 
 
-def make_groups(layout: Layout, rank: int) -> Groups:
-    """Every rank makes every group, also those that it is no member of: torch.distributed requires it."""
-    mine: Group | None = None
-    for start in range(0, layout.num_ranks, layout.ulysses):
-        ranks = list(range(start, start + layout.ulysses))
-        process_group = dist.new_group(ranks) if layout.ulysses > 1 else None
-        if rank in ranks:
-            mine = Group(layout.ulysses, rank - start, process_group)
-    assert mine is not None
-    return Groups(ulysses=mine)
+def make_groups(layouts: Sequence[Layout], rank: int, backend: Backend) -> dict[Layout, Groups]:
+    """The groups of every layout; those with the same ranks are one, communicators and all.
+
+    Every rank makes every group, also those that it is no member of: torch.distributed requires it.
+    """
+    made: dict[tuple[int, ...], Group] = {}
+    for layout in layouts:
+        for axis in AXES:
+            for ranks in dict.fromkeys(layout.group(axis, member) for member in range(layout.num_ranks)):
+                if len(ranks) > 1 and ranks not in made:
+                    process_group = dist.new_group(list(ranks))
+                    mine = ranks.index(rank) if rank in ranks else -1
+                    made[ranks] = Group(len(ranks), mine, process_group, backend == "staged")
+    return {layout: Groups(**{axis: made.get(layout.group(axis, rank), ALONE) for axis in AXES}) for layout in layouts}
+
+
+def warm_up(groups: dict[Layout, Groups], device: torch.device) -> None:
+    """Bring every communicator to life before the first request; all ranks must call it."""
+    seen: set[int] = set()
+    for of_layout in groups.values():
+        for axis in AXES:
+            group: Group = getattr(of_layout, axis)
+            if id(group) not in seen:
+                seen.add(id(group))
+                group.warm_up(device)

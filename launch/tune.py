@@ -1,0 +1,285 @@
+"""`framemesh tune`: reads a model's sizes and a machine's constants, measures the best layouts, writes the profile."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import struct
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from launch.progress import ProgressView
+from runtime.config import Config
+from runtime.errors import FramemeshError, InvalidInput
+from runtime.models.card import Card
+from runtime.sampling import ResolvedParams, SamplingParams
+from runtime.tune import Candidate, Machine, Prediction, Tuner, Weights, crossovers, gib, why
+
+MACHINES = files("launch") / "machines"
+WARM_STEPS, TIMED_STEPS = 2, 6
+"""Steps of the generation that warms a candidate's mesh up, and of the one whose steps are timed."""
+SCALES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
+"""Sides, relative to the wanted shape, among which the crossovers are looked for."""
+GRID = 64
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What became of a candidate on this machine."""
+
+    candidate: Candidate
+    seconds: float = math.nan
+    """Per step."""
+    refused: str = ""
+    """Why there is no time."""
+
+
+def tune(
+    config: Config,
+    folder: Path,
+    card: Card,
+    params: SamplingParams,
+    *,
+    machine: str | None,
+    dry_run: bool,
+    measure: int,
+    profile_file: Path,
+) -> int:
+    """Rank every layout, measure the best few unless `dry_run`, say why, write the profile; returns the exit code."""
+    from runtime.models.card import read_configs
+
+    configs, resolved = read_configs(folder), card.check(params)
+    constants = load_machine(machine) if machine is not None else this_machine(config.num_gpus)
+    tuner = Tuner(card, configs, read_weights(folder, constants.element), constants)
+    ranked = tuner.rank(resolved, config.num_gpus)
+    # The next best on paper may be the best in truth; one that does not fit is not tried.
+    tried = [p.candidate for p in ranked if p.fits and not dry_run]
+    measured = {m.candidate: m for m in _measure(config, folder, params, tried, measure)}
+    best = _winner(ranked, measured)
+    console = Console()
+    console.print(_table(ranked, measured, best))
+    console.print(_sentence(ranked, measured, best), highlight=False, soft_wrap=True)
+    for line in crossovers(tuner, _shapes(card, params), resolved, config.num_gpus):
+        console.print(line, highlight=False, soft_wrap=True)
+    if not best.fits:
+        return 1
+    write_profile(profile_file, config, resolved, tuner, ranked, measured, best)
+    console.print(
+        f"profile {profile_file}: framemesh serve --profile-file {profile_file}", highlight=False, soft_wrap=True
+    )
+    return 0
+
+
+# ---- what is known without running -------------------------------------------------------------------------------
+
+
+def load_machine(name: str) -> Machine:
+    """A shipped machine by its name, or a JSON file of `runtime.tune.Machine`.
+
+    Raises:
+        InvalidInput: there is no such machine, or the file does not hold one.
+    """
+    shipped = sorted(entry.name.removesuffix(".json") for entry in MACHINES.iterdir() if entry.name.endswith(".json"))
+    place = MACHINES / f"{name}.json" if name in shipped else Path(name)
+    try:
+        machine = msgspec.json.decode(place.read_bytes(), type=Machine)
+    except OSError as error:
+        raise InvalidInput("machine", f"{name} is no file and none of {', '.join(shipped)}") from error
+    except msgspec.DecodeError as error:
+        raise InvalidInput("machine", f"{name}: {error}") from error
+    machine.check()
+    return machine
+
+
+def this_machine(num_ranks: int) -> Machine:
+    """The shipped constants that are nearest to this machine, with the memory that it really has."""
+    import psutil
+
+    from launch.devices import visible_gpus
+
+    gpus = visible_gpus()
+    if len(gpus) >= num_ranks:
+        machine = load_machine("h100-nvlink")
+        freest = sorted((gpu.memory_total for gpu in gpus), reverse=True)[num_ranks - 1]
+        _say(f"note: constants of {machine.name} for {gpus[0].name}; --machine FILE takes better ones")
+        return msgspec.structs.replace(machine, memory=float(freest))
+    return msgspec.structs.replace(load_machine("cpu-gloo"), memory=psutil.virtual_memory().total / num_ranks)
+
+
+def read_weights(folder: Path, element: int) -> Weights:
+    """Sizes from the headers of the safetensors files; no tensor is read."""
+    denoiser = _numels(folder / "transformer")
+    blocks = Counter[str]()
+    for name, numel in denoiser:
+        if block := re.match(r".*?\.\d+(?=\.)", name):
+            blocks[block[0]] += numel
+    encoders = [part for part in sorted(folder.glob("text_encoder*")) if part.is_dir()]
+    return Weights(
+        denoiser=element * sum(numel for _, numel in denoiser),
+        largest_block=element * max(blocks.values(), default=0),
+        blocks=len(blocks),
+        encoders=element * sum(numel for part in encoders for _, numel in _numels(part)),
+        # The VAE stays in fp32 unless it is told otherwise.
+        vae=4 * sum(numel for _, numel in _numels(folder / "vae")),
+    )
+
+
+def _numels(folder: Path) -> list[tuple[str, int]]:
+    """(tensor, number of values) of a component."""
+    found = dict[str, int]()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            (length,) = struct.unpack("<Q", stream.read(8))
+            header = json.loads(stream.read(length))
+        found |= {name: math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+    return list(found.items())
+
+
+def _shapes(card: Card, params: SamplingParams) -> list[ResolvedParams]:
+    """The wanted shape and smaller and larger ones, by tokens."""
+    wanted = card.check(params)
+    shapes = {}
+    for scale in SCALES:
+        height, width = (max(round(side * scale / GRID), 1) * GRID for side in (wanted.height, wanted.width))
+        try:
+            shape = card.check(replace(params, height=height, width=width))
+        except InvalidInput:
+            continue
+        shapes[card.tokens(shape)] = shape
+    return [shapes[tokens] for tokens in sorted(shapes)]
+
+
+# ---- measuring ---------------------------------------------------------------------------------------------------
+
+
+def _measure(
+    config: Config, folder: Path, params: SamplingParams, candidates: Sequence[Candidate], wanted: int
+) -> Iterator[Measured]:
+    """The first `wanted` that run, and those before them that do not."""
+    for candidate in candidates:
+        if not wanted:
+            return
+        _say(f"measuring {candidate}")
+        try:
+            found = Measured(candidate, _seconds_per_step(config, folder, params, candidate))
+            _say(f"  {found.seconds:.4g} s per step")
+            wanted -= 1
+        except FramemeshError as error:
+            found = Measured(candidate, refused=str(error))
+            _say(f"  no time: {error}")
+        yield found
+
+
+def _seconds_per_step(config: Config, folder: Path, params: SamplingParams, candidate: Candidate) -> float:
+    """Of a real mesh in this layout: starts it, warms it up, times a few steps of the wanted shape."""
+    from launch.generator import Generator
+
+    flags: dict[str, Any] = candidate.flags
+    with tempfile.TemporaryDirectory(prefix="framemesh-tune-") as place, ProgressView() as view:
+        # Costs that this run measures must not be mistaken for those of a served model.
+        asked = _with_flags(config, {**flags, "cost_cache": place, "output_path": place})
+        with Generator(asked, folder) as generator:
+            for steps in (WARM_STEPS, TIMED_STEPS):
+                view.stage("denoise", 0, steps)
+                few = replace(params, prompt=params.prompt or "a measurement", num_inference_steps=steps, seed=0)
+                result = generator.generate(few)
+        return float(result.metadata["timings"]["denoise"]) / TIMED_STEPS
+
+
+def _with_flags(config: Config, flags: dict[str, Any]) -> Config:
+    known = set(Config.__dataclass_fields__)
+    if missing := sorted(flags.keys() - known):
+        raise InvalidInput(missing[0], "is no setting here, so this layout cannot be tried")
+    return replace(config, **flags)
+
+
+def _winner(ranked: Sequence[Prediction], measured: dict[Candidate, Measured]) -> Prediction:
+    """The fastest in truth, if anything was measured."""
+    timed = [p for p in ranked if p.candidate in measured and not measured[p.candidate].refused]
+    return min(timed, key=lambda p: measured[p.candidate].seconds, default=ranked[0])
+
+
+# ---- telling -----------------------------------------------------------------------------------------------------
+
+
+def _table(ranked: Sequence[Prediction], measured: dict[Candidate, Measured], best: Prediction) -> Table:
+    table = Table(box=SIMPLE_HEAD, caption="seconds per step; memory and bytes sent per rank", caption_justify="left")
+    table.add_column("layout", no_wrap=True)
+    for name in ("predicted", *(["measured"] if measured else []), "memory", "sent"):
+        table.add_column(name, justify="right", no_wrap=True)
+    order = {
+        candidate: number
+        for number, candidate in enumerate(sorted(_timed(measured), key=lambda c: measured[c].seconds))
+    }
+    for number, p in enumerate(sorted(ranked, key=lambda p: order.get(p.candidate, len(ranked)))):
+        tried = measured.get(p.candidate)
+        time = "-" if tried is None else "refused" if tried.refused else f"{tried.seconds:.4g}"
+        mark = "*" if p is best and p.fits else str(number + 1) if p.fits else "too big"
+        times = [f"{p.seconds:.4g}", *([time] if measured else [])]
+        table.add_row(f"{mark:>2} {p.candidate}", *times, gib(p.memory), gib(p.traffic.total))
+    return table
+
+
+def _timed(measured: dict[Candidate, Measured]) -> list[Candidate]:
+    return [candidate for candidate, found in measured.items() if not found.refused]
+
+
+def _sentence(ranked: Sequence[Prediction], measured: dict[Candidate, Measured], best: Prediction) -> str:
+    if best is ranked[0] or best.candidate not in measured:
+        return why(ranked)
+    seconds, first = measured[best.candidate].seconds, measured.get(ranked[0].candidate)
+    told = "was refused" if first is None or first.refused else f"took {first.seconds:.4g} s"
+    return (
+        f"{best.candidate} wins by measurement with {seconds:.4g} s per step; "
+        f"predicted best was {ranked[0].candidate}, which {told}"
+    )
+
+
+def write_profile(
+    file: Path,
+    config: Config,
+    params: ResolvedParams,
+    tuner: Tuner,
+    ranked: Sequence[Prediction],
+    measured: dict[Candidate, Measured],
+    best: Prediction,
+) -> None:
+    """Everything that `serve --profile-file` needs ("flags"), and what it was concluded from."""
+    profile = {
+        "flags": {"model_path": config.model_path, **best.candidate.flags},
+        "shape": {"height": params.height, "width": params.width, "num_frames": params.num_frames},
+        "machine": msgspec.to_builtins(tuner.machine),
+        "weights": msgspec.to_builtins(tuner.weights),
+        "layouts": [
+            {
+                "layout": str(p.candidate),
+                "predicted_s": p.seconds,
+                "measured_s": measured[p.candidate].seconds if p.candidate in _timed(measured) else None,
+                "memory_bytes": int(p.memory),
+                "sent_bytes": int(p.traffic.total),
+                "fits": p.fits,
+            }
+            for p in ranked
+        ],
+    }
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(json.dumps(profile, indent=2) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InvalidInput("profile_file", f"{file} cannot be written: {error.strerror}") from error
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
