@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= a red circle moving right
 
-.PHONY: run serve test check bench bench-serving clean
+.PHONY: run serve test check parity bench bench-serving clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.run  ## one prompt over HTTP through a 2-rank mesh; a video and a contact sheet in outputs/
@@ -21,6 +21,9 @@ check: $(VENV)/.test  ## style and types
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
+parity: $(VENV)/.test  ## every family, layout and batching against diffusers; docs/parity.md (about 5 minutes)
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python tests/parity.py $(ARGS)
+
 bench: $(VENV)/.test  ## the figures of bench/results/, measured again (about 10 minutes on a quiet machine)
 	$(BIN)/python -m bench.latency
 	$(BIN)/python -m bench.gaps
@@ -28,6 +31,8 @@ bench: $(VENV)/.test  ## the figures of bench/results/, measured again (about 10
 	$(BIN)/python -m bench.throughput
 	$(BIN)/python -m bench.plan
 	$(BIN)/python -m bench.prediction
+	$(BIN)/python -m bench.fuzz
+	$(BIN)/python -m bench.parallel
 
 bench-serving: $(VENV)/.test  ## every policy and a naive diffusers server on the same traces (about 20 minutes)
 	$(BIN)/python -m bench.serving

@@ -82,7 +82,7 @@ class Mesh:
         self.event_ms.append(1000 * (time.perf_counter() - started))
         if isinstance(item, Decode):
             self.scheduler.granted(GATEWAY, item.chunks)
-            self.scheduler.stored(item.request_id, self.now)
+            self.scheduler.stored(b"gateway", item.request_id, self.now)
         for _, news in self.scheduler.take_news():
             if isinstance(news, Completed):
                 self.submit()

@@ -137,7 +137,7 @@ class Truth:
         unit = self.costs.units.get(unit_key(kind, params, self.layout.num_ranks, batch, first))
         if unit is None:
             self.computed += 1
-            unit = Unit(self._model.predict(kind, params, self.layout, batch))
+            unit = Unit(self._model.predict("first_decode" if first else kind, params, self.layout, batch))
         else:
             self.looked_up += 1
         return units * unit.seconds * self._jitter(unit.cv if self.cv is None else self.cv)
@@ -162,7 +162,7 @@ class Policy(Protocol):
     def group_ready(self) -> None: ...
     def submit(self, gateway: bytes, requests: tuple[Request, ...], now: float) -> None: ...
     def granted(self, gateway: bytes, credits: int) -> None: ...
-    def stored(self, request_id: str, now: float) -> None: ...
+    def stored(self, gateway: bytes, request_id: str, now: float) -> None: ...
     def completed(self, rank: int, seq: int, seconds: float, now: float) -> None: ...
     def plan(self, now: float) -> list[WorkItem]: ...
     def take_news(self) -> list[News]: ...
@@ -202,7 +202,7 @@ class StaticBatch:
     def submit(self, gateway: bytes, requests: tuple[Request, ...], now: float) -> None:
         self._queue.extend((now, request) for request in requests)
 
-    def stored(self, request_id: str, now: float) -> None:
+    def stored(self, gateway: bytes, request_id: str, now: float) -> None:
         self._batch = [request for request in self._batch if request.id != request_id]
         self._news.append((GATEWAY, Completed(request_id, {})))
 
@@ -386,7 +386,7 @@ class _Replica:
         if isinstance(item, Decode) and item.request_id in self.requests:
             params = self.requests[item.request_id]
             if self.chunks[item.request_id] == len(self.truth.card.decode_chunks(params)):
-                self.policy.stored(item.request_id, now)
+                self.policy.stored(GATEWAY, item.request_id, now)
 
 
 Event = tuple[float, int, int, Arrival | WorkItem | None]
@@ -497,7 +497,8 @@ class Simulation:
             units = {
                 "encode": 1,
                 "denoise": params.num_inference_steps,
-                "decode": len(self._truth.card.decode_chunks(params)),
+                "first_decode": 1,
+                "decode": len(self._truth.card.decode_chunks(params)) - 1,
             }
             self._work_cache[arrival.group] = sum(
                 count * self._judge.predict(kind, params, self._layout) for kind, count in units.items()

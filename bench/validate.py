@@ -127,7 +127,7 @@ async def _serve(config: Config, rows: Path, load: float, count: int) -> tuple[P
             trace = WORKLOADS["mix"].trace(rate, seed, count)
             played.append(await _play(mesh, [msgspec.structs.replace(a, id=f"{seed}-{a.id}") for a in trace]))
         guard.cancel()
-        await supervisor.drain(3.0)
+        await supervisor.leave(3.0)
         return warm, played
     finally:
         if guard is not None:
@@ -142,7 +142,7 @@ async def _abort_with(supervisor: Supervisor, mesh: Mesh) -> None:
     try:
         await supervisor.watch()
     except StartFailed as error:
-        mesh.abort(error)
+        mesh.abort(str(error))
 
 
 async def _warm_up(mesh: Mesh) -> Played:

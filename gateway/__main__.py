@@ -22,9 +22,11 @@ from gateway.jobs.store import JobStore
 from gateway.mesh import Mesh
 from runtime.config import Config, load_frozen
 from runtime.errors import FramemeshError, StartFailed
+from runtime.keys import load_keys
 from runtime.log import get_logger, setup_logging
 from runtime.models.card import Card, card_for, read_configs
 from runtime.process import die_with_parent
+from runtime.wire import set_keys
 
 GRACE_S = 1
 """Event streams have no end of their own while a job runs; a shutdown must not wait for them."""
@@ -61,6 +63,7 @@ def main() -> int:
         config = load_frozen(args.config)
         setup_logging("gateway", config.log_level)
         logging.basicConfig(level=logging.WARNING, handlers=[_ToStructlog()])
+        set_keys(load_keys(config.curve_dir))
         card = card_for(read_configs(args.model_folder))
         Path(config.output_path).mkdir(parents=True, exist_ok=True)
         asyncio.run(serve(config, card, args.scheduler, args.frames))

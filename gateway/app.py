@@ -20,8 +20,8 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from gateway.jobs.outputs import Outputs
 from gateway.jobs.runner import JobRunner
 from gateway.jobs.store import JobStore
-from gateway.mesh import Mesh
-from gateway.routes import health, models, videos
+from gateway.mesh import DRAINING, Mesh
+from gateway.routes import health, images, models, videos
 from gateway.schema import error_body, reply
 from runtime.config import Config
 from runtime.errors import InvalidInput, NotReady
@@ -32,7 +32,7 @@ MAX_BODY_BYTES = 80_000_000
 RETRY_AFTER_S = 5
 """Weights take minutes to load; the SDK gives up after two retries whatever we say."""
 CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
-NOT_FOUND = {"model_not_found", "video_not_found"}
+NOT_FOUND = {"model_not_found", "video_not_found", "image_not_found"}
 """What `InvalidInput` calls things that do not exist."""
 
 log = get_logger("http")
@@ -57,7 +57,7 @@ def create_app(
 
     app = FastAPI(title="framemesh", lifespan=lifespan)
     app.state.config, app.state.mesh, app.state.card, app.state.runner = config, mesh, card, runner
-    for routes in (videos, models, health):
+    for routes in (videos, images, models, health):
         app.include_router(routes.router)
     app.add_exception_handler(InvalidInput, _invalid_input)
     app.add_exception_handler(NotReady, _not_ready)
@@ -79,8 +79,10 @@ def _invalid_input(_request: Request, error: Any) -> Response:
     return error_reply(404 if error.code in NOT_FOUND else 400, str(error), error.field, error.code)
 
 
-def _not_ready(_request: Request, error: Exception) -> Response:
-    return error_reply(503, f"not ready: {error}", None, "model_loading", {"retry-after": str(RETRY_AFTER_S)})
+def _not_ready(request: Request, error: Exception) -> Response:
+    mesh: Mesh = request.app.state.mesh
+    code = DRAINING if mesh.state.draining else "model_loading"
+    return error_reply(503, f"not ready: {error}", None, code, {"retry-after": str(RETRY_AFTER_S)})
 
 
 def _validation_failed(_request: Request, error: Any) -> Response:

@@ -2,15 +2,21 @@
 
 `run()` is one request from submission to its last frame as an async iterator. What the consumer does between two
 items is what the mesh waits for: a chunk counts as stored when the consumer comes back for the next item.
+
+A scheduler that was started anew (another epoch) knows nothing: it is told of every request that still runs. Lost
+workers are the scheduler's to replace. Either way frames come again from the first on, under a higher attempt, and
+the consumer sees each of them once.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -42,6 +48,13 @@ from runtime.wire import AsyncChannel, Received, incarnation
 FRAME_CREDITS = 16
 """Chunks that may be under way to this gateway at once; bounds its memory."""
 
+SILENCE_S = 3.0
+"""A scheduler that has said nothing for so long is greeted again: one that was started anew does not know us."""
+MESH_LOST = "mesh_lost"
+"""The code of requests that end because the mesh did."""
+DRAINING = "draining"
+"""The code of requests that came too late."""
+
 DEFAULT_TERMS = Terms()
 
 log = get_logger("mesh")
@@ -70,15 +83,35 @@ class Frames:
 Event = Progress | Frames | Completed
 
 
-@dataclass
+@dataclass(eq=False)
 class _Inbox:
     """What arrived for one running request."""
 
     request: Request
-    events: asyncio.Queue[Event | Exception] = field(default_factory=asyncio.Queue)
+    """As the present epoch knows it; frames of a lower attempt are of an earlier epoch."""
+    attempt: int
+    """The highest of which a chunk has come."""
+    events: asyncio.Queue[tuple[Event | Exception, int | None]] = field(default_factory=asyncio.Queue)
+    """With the epoch in which each came."""
     next_frame: int = 0
     unconsumed: int = 0
-    """Chunks that were accepted and whose credits have not gone back yet."""
+    """Chunks that were accepted in this epoch and whose credits have not gone back yet."""
+    timings: dict[str, float] | None = None
+    """The rank's seconds per stage, once the last frame is here."""
+    stored: bool = False
+    """The consumer has every frame."""
+    unheard: bool = False
+    """The last frame came in an earlier epoch: no scheduler will say that it is completed."""
+
+    def again(self) -> None:
+        """What is submitted anew outdoes every chunk that may still be under way."""
+        self.attempt += 1
+        self.request = msgspec.structs.replace(self.request, attempt=self.attempt)
+
+    def end_unheard(self, epoch: int | None) -> None:
+        """Everything is stored: that is all that completed means, whoever says so."""
+        assert self.timings is not None
+        self.events.put_nowait((Completed(self.request.id, self.timings), epoch))
 
 
 class Mesh:
@@ -91,8 +124,12 @@ class Mesh:
         )
         self._frames: AsyncChannel[Any, FramesChunk] = AsyncChannel.bind(frames, FramesChunk)
         self._delay_s = batching_delay_s
+        self._hello = GatewayHello(self._frames.endpoint, FRAME_CREDITS)
+        self._epoch: int | None = None
+        self._spoken = 0.0
+        """When the scheduler was heard or greeted last."""
         self._inboxes: dict[str, _Inbox] = {}
-        self._outbox: list[Request] = []
+        self._outbox: list[_Inbox] = []
         self._tasks: list[asyncio.Task[None]] = []
         self._flush: asyncio.Task[None] | None = None
         self._changed = asyncio.Condition()
@@ -100,13 +137,16 @@ class Mesh:
         self.state = MeshState(False, "the scheduler has not answered yet", 0, 0)
         self.model: ModelInfo | None = None
         self.card: Card | None = None
-        self._lost: Exception | None = None
+        self._lost: str | None = None
         self.dropped_chunks = 0
+        self.stale = 0
+        """Messages dropped because they were of another epoch."""
 
     async def start(self) -> None:
         """Say hello; does not wait for an answer."""
-        await self._control.send(GatewayHello(self._frames.endpoint, FRAME_CREDITS))
-        self._tasks = [asyncio.create_task(self._hear_scheduler()), asyncio.create_task(self._hear_frames())]
+        await self._greet()
+        work = (self._hear_scheduler(), self._hear_frames(), self._keep_in_touch())
+        self._tasks = [asyncio.create_task(task) for task in work]
 
     async def close(self) -> None:
         tasks = [*self._tasks, self._flush] if self._flush is not None else self._tasks
@@ -137,97 +177,174 @@ class Mesh:
         async with self._changed:
             await self._changed.wait_for(lambda: self._tokenizer is not None)
 
-    def request(self, request_id: str, params: ResolvedParams, terms: Terms = DEFAULT_TERMS) -> Request:
-        """A tokenized request.
+    def request(
+        self, request_id: str, params: ResolvedParams, terms: Terms = DEFAULT_TERMS, *, resumed: bool = False
+    ) -> Request:
+        """A tokenized request; `resumed` for one that was accepted before, which no drain keeps out.
 
         Raises:
-            NotReady: no rank has loaded the model yet.
+            NotReady: no rank has loaded the model yet, or the mesh drains.
             InvalidInput: a prompt is too long for the model.
         """
+        self._check_open(resumed)
         if self._tokenizer is None:
             raise NotReady(self.state.reason)
         token_ids = self._tokenizer.tokenize(params)
         return Request(request_id, params, token_ids, 0, terms.key, terms.priority, terms.timeout_s)
 
-    async def run(self, request: Request) -> AsyncGenerator[Event, None]:
+    def warnings(self, params: ResolvedParams) -> tuple[str, ...]:
+        """What of the prompts an encoder does not read, in words; empty until the model is known."""
+        return () if self._tokenizer is None else self._tokenizer.warnings(params)
+
+    async def run(self, request: Request, *, resumed: bool = False) -> AsyncGenerator[Event, None]:
         """Progress and frames until Completed. Leaving the loop early cancels the request.
 
+        Progress may fall back when the mesh had to resume the request; frames come once, in order.
+
         Raises:
-            RequestFailed: the mesh gave up on it, or somebody cancelled it.
+            NotReady: the mesh drains, and the request is not `resumed`.
+            RequestFailed: the mesh gave up on it or altogether, or somebody cancelled it.
         """
-        inbox = _Inbox(request)
+        self._check_open(resumed)
+        if self._lost is not None:
+            raise RequestFailed(request.id, MESH_LOST, self._lost)
+        inbox = _Inbox(request, request.attempt)
         self._inboxes[request.id] = inbox
         ended = False
-        if self._lost is not None:
-            inbox.events.put_nowait(self._lost)
         try:
-            self._submit(request)
+            self._submit(inbox)
             while not ended:
-                event = await inbox.events.get()
+                event, epoch = await inbox.events.get()
                 if isinstance(event, Exception):
                     ended = True
                     raise event
                 ended = isinstance(event, Completed)
                 yield event
                 if isinstance(event, Frames):
-                    await self._consumed(inbox, event)
+                    await self._consumed(inbox, event, epoch)
         finally:
             del self._inboxes[request.id]
             if inbox.unconsumed:
-                await self._control.send(Grant(inbox.unconsumed))
-            if request in self._outbox:
+                await self._tell(Grant(inbox.unconsumed))
+            if inbox in self._outbox:
                 # A cancel that overtakes its submit is a cancel of nothing: the request would run for nobody.
-                self._outbox.remove(request)
+                self._outbox.remove(inbox)
             elif not ended:
                 await self.cancel(request.id, "the submitter left")
 
     async def cancel(self, request_id: str, reason: str) -> None:
-        await self._control.send(Cancel(request_id, reason))
+        await self._tell(Cancel(request_id, reason))
 
-    def abort(self, error: Exception) -> None:
-        """The mesh is lost for good: end every running request with this error, and every later one."""
-        self._lost = error
+    def abort(self, reason: str) -> None:
+        """The mesh is lost for good: every running request ends with this reason, and every later one."""
+        self._lost = reason
         for request_id in list(self._inboxes):
-            self._deliver(request_id, error)
+            self._deliver(request_id, RequestFailed(request_id, MESH_LOST, reason))
 
-    async def _consumed(self, inbox: _Inbox, frames: Frames) -> None:
-        inbox.unconsumed -= 1
-        await self._control.send(Grant(1))
-        if frames.last:
-            await self._control.send(Stored(inbox.request.id))
+    def _check_open(self, resumed: bool) -> None:
+        if self.state.draining and not resumed:
+            raise NotReady("draining: the server is shutting down and takes no new work")
 
-    def _submit(self, request: Request) -> None:
-        self._outbox.append(request)
+    async def _consumed(self, inbox: _Inbox, frames: Frames, epoch: int | None) -> None:
+        if epoch == self._epoch:
+            # A new scheduler has all its credits: those that its predecessor spent are gone with it.
+            inbox.unconsumed -= 1
+            await self._tell(Grant(1))
+        inbox.stored = frames.last
+        if inbox.stored and inbox.unheard:
+            inbox.end_unheard(self._epoch)
+        elif inbox.stored:
+            await self._tell(Stored(inbox.request.id))
+
+    def _submit(self, inbox: _Inbox) -> None:
+        self._outbox.append(inbox)
         if self._flush is None or self._flush.done():
             self._flush = asyncio.create_task(self._send_outbox())
 
     async def _send_outbox(self) -> None:
         """What arrives within the delay goes out as one message, so that it is encoded together."""
         await asyncio.sleep(self._delay_s)
-        batch, self._outbox = tuple(self._outbox), []
+        batch, self._outbox = tuple(inbox.request for inbox in self._outbox), []
         if batch:
-            await self._control.send(Submit(batch))
+            await self._tell(Submit(batch))
+
+    async def _tell(self, message: FromGateway) -> None:
+        """What does not reach a scheduler is said again to the next one, or not worth saying."""
+        try:
+            await self._control.send(message)
+        except PeerGone as error:
+            log.warning("not told", message=type(message).__name__, error=str(error))
+
+    async def _greet(self) -> None:
+        self._spoken = time.monotonic()
+        await self._tell(self._hello)
+
+    async def _keep_in_touch(self) -> None:
+        while True:
+            await asyncio.sleep(max(self._spoken + SILENCE_S - time.monotonic(), 0.1))
+            if time.monotonic() - self._spoken >= SILENCE_S:
+                await self._greet()
 
     async def _hear_scheduler(self) -> None:
         while True:
-            message = (await self._control.receive()).message
-            match message:
-                case Welcome():
-                    self._control.set_epoch(message.epoch)
-                case MeshState():
-                    await self._see_state(message)
-                case Progress() | Completed():
-                    self._deliver(message.request_id, message)
-                case Failed():
-                    self._deliver(message.request_id, RequestFailed(message.request_id, message.code, message.reason))
-                case Cancelled():
-                    self._deliver(message.request_id, RequestFailed(message.request_id, "cancelled", message.reason))
+            received = await self._control.receive()
+            if isinstance(received.message, Welcome):
+                await self._welcomed(received.message.epoch)
+            elif received.epoch != self._epoch:
+                self.stale += 1
+                continue
+            else:
+                await self._hear(received.message)
+            self._spoken = time.monotonic()
+
+    async def _hear(self, message: FromScheduler) -> None:
+        match message:
+            case MeshState():
+                await self._see_state(message)
+            case Progress() | Completed():
+                self._deliver(message.request_id, message)
+            case Failed():
+                self._deliver(message.request_id, RequestFailed(message.request_id, message.code, message.reason))
+            case Cancelled():
+                self._deliver(message.request_id, RequestFailed(message.request_id, "cancelled", message.reason))
+
+    async def _welcomed(self, epoch: int) -> None:
+        """Tell a scheduler that does not know us who we are and what we still want of it."""
+        if epoch == self._epoch:
+            return
+        first, self._epoch = self._epoch is None, epoch
+        self._control.set_epoch(epoch)
+        if first and not self._inboxes:
+            return
+        await self._greet()
+        batch = tuple(self._owed())
+        log.warning("the scheduler was started anew", epoch=epoch, resubmitted=len(batch))
+        if batch:
+            await self._tell(Submit(batch))
+
+    def _owed(self) -> list[Request]:
+        """What a new scheduler has to be told: all that runs, but for what only its Completed is missing of."""
+        owed = []
+        for inbox in self._inboxes.values():
+            inbox.unconsumed = 0
+            if inbox.timings is not None:
+                inbox.unheard = True
+                if inbox.stored:
+                    inbox.end_unheard(self._epoch)
+                continue
+            if inbox not in self._outbox:
+                inbox.again()
+            owed.append(inbox.request)
+        self._outbox.clear()
+        return owed
 
     async def _see_state(self, state: MeshState) -> None:
         if state.model is not None and state.model != self.model:
             self.model = state.model
             self.card = card_for(state.model.configs)
             self._tokenizer = await asyncio.to_thread(PromptTokenizer, state.model, self.card)
+        if state.gave_up and self._lost is None:
+            self.abort(state.reason)
         async with self._changed:
             self.state = state
             self._changed.notify_all()
@@ -235,22 +352,27 @@ class Mesh:
     async def _hear_frames(self) -> None:
         while True:
             received = await self._frames.receive()
-            frames = self._accept(received)
-            if frames is not None:
-                self._deliver(received.message.request_id, frames)
+            chunk = received.message
+            inbox = self._inboxes.get(chunk.request_id)
+            frames = self._accept(inbox, received)
+            if inbox is not None and frames is not None:
+                inbox.events.put_nowait((frames, self._epoch))
                 continue
-            # A chunk that nobody waits for still used a credit.
             self.dropped_chunks += 1
-            try:
-                await self._control.send(Grant(1))
-            except PeerGone as error:
-                log.warning("credit not returned", error=str(error))
+            if inbox is None or chunk.attempt >= inbox.request.attempt:
+                # A chunk that nobody waits for still used a credit; one of an earlier epoch used that epoch's.
+                await self._tell(Grant(1))
 
-    def _accept(self, received: Received[FramesChunk]) -> Frames | None:
-        """The chunk's frames, or None for one of an older attempt, a repeat, or a request that has ended."""
+    def _accept(self, inbox: _Inbox | None, received: Received[FramesChunk]) -> Frames | None:
+        """The chunk's frames, or None for one of an older attempt, a repeat, or a request that has ended.
+
+        Chunks always have the same boundaries, so that the frames of another attempt go on where the last one was.
+        """
         chunk = received.message
-        inbox = self._inboxes.get(chunk.request_id)
-        if inbox is None or chunk.attempt != inbox.request.attempt or chunk.first_frame != inbox.next_frame:
+        if inbox is None or chunk.attempt < inbox.attempt:
+            return None
+        inbox.attempt = chunk.attempt
+        if chunk.first_frame != inbox.next_frame:
             return None
         shape = (chunk.count, chunk.height, chunk.width, 3)
         if received.payload is None or received.payload.nbytes != int(np.prod(shape)):
@@ -259,9 +381,12 @@ class Mesh:
         inbox.next_frame += chunk.count
         inbox.unconsumed += 1
         pixels = np.frombuffer(received.payload, dtype=np.uint8).reshape(shape)
-        return Frames(chunk.first_frame, chunk.total, pixels, chunk.timings)
+        frames = Frames(chunk.first_frame, chunk.total, pixels, chunk.timings)
+        if frames.last:
+            inbox.timings = chunk.timings
+        return frames
 
     def _deliver(self, request_id: str, event: Event | Exception) -> None:
         inbox = self._inboxes.get(request_id)
         if inbox is not None:
-            inbox.events.put_nowait(event)
+            inbox.events.put_nowait((event, self._epoch))

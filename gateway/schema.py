@@ -6,7 +6,8 @@ import difflib
 import hashlib
 import re
 from collections.abc import Iterable
-from typing import Annotated, Any
+from dataclasses import replace
+from typing import Annotated, Any, Literal, TypeVar
 from urllib.parse import parse_qsl
 
 import msgspec
@@ -15,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.jobs.store import Job
+from gateway.media.stills import StillFormat
 from runtime.errors import InvalidInput
 from runtime.models.card import Card
 from runtime.sampling import ResolvedParams, SamplingParams
@@ -42,27 +44,23 @@ Whole = Annotated[int, BeforeValidator(_no_bool), Field(ge=-(2**63), lt=2**63)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
 
 
-class VideoCreate(BaseModel):
-    """The body of POST /v1/videos: OpenAI's words and our sampling parameters."""
+class Generation(BaseModel):
+    """What a body for a video and one for images have in common: OpenAI's words and our sampling parameters."""
 
     model_config = ConfigDict(extra="forbid")
 
     prompt: str
     model: str | None = None
-    size: str | None = Field(None, description='"WIDTHxHEIGHT"; unset: the model\'s default')
-    seconds: Number | None = Field(
-        None, gt=0, le=86_400, description="length; the nearest frame count that the model can make"
-    )
+    size: str | None = Field(None, description='"WIDTHxHEIGHT" or "auto"; unset: the model\'s default')
     width: Whole | None = None
     height: Whole | None = None
-    num_frames: Whole | None = None
-    fps: Whole | None = None
     seed: Whole | None = None
     num_inference_steps: Whole | None = None
     guidance_scale: Number | None = None
+    true_cfg_scale: Number | None = Field(None, description="image models: guidance against the negative prompt")
     negative_prompt: str | None = None
     priority: Whole | None = Field(None, description="-100 to 100; higher goes first among your own requests")
-    timeout: Number | None = Field(None, description="seconds after which the video is no longer wanted")
+    timeout: Number | None = Field(None, description="seconds after which the result is no longer wanted")
 
     def to_params(self, card: Card) -> SamplingParams:
         """The same in the runtime's words; raises `InvalidInput` where two of them contradict each other."""
@@ -72,15 +70,14 @@ class VideoCreate(BaseModel):
             negative_prompt=self.negative_prompt,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            true_cfg_scale=self.true_cfg_scale,
             seed=self.seed,
             height=height,
             width=width,
-            num_frames=self._frames(card),
-            fps=self.fps,
         )
 
     def _sides(self) -> tuple[int | None, int | None]:
-        if self.size is None:
+        if self.size is None or self.size == "auto":
             return self.width, self.height
         match = SIZE.fullmatch(self.size)
         if match is None:
@@ -90,6 +87,21 @@ class VideoCreate(BaseModel):
             given = f"width={self.width}, height={self.height}"
             raise InvalidInput("size", f"{self.size} contradicts {given}; give one of the two")
         return width, height
+
+
+class VideoCreate(Generation):
+    """The body of POST /v1/videos."""
+
+    seconds: Number | None = Field(
+        None, gt=0, le=86_400, description="length; the nearest frame count that the model can make"
+    )
+    num_frames: Whole | None = None
+    fps: Whole | None = None
+
+    def to_params(self, card: Card) -> SamplingParams:
+        if card.task_type == "T2I":
+            raise InvalidInput("model", "makes images, not videos; use POST /v1/images/generations")
+        return replace(super().to_params(card), num_frames=self._frames(card), fps=self.fps)
 
     def _frames(self, card: Card) -> int | None:
         if self.seconds is None:
@@ -102,13 +114,53 @@ class VideoCreate(BaseModel):
         return frames
 
 
+NOTHING: dict[str, tuple[Any, ...]] = {
+    "quality": ("auto", "standard"),
+    "background": ("auto", "opaque"),
+    "moderation": ("auto", "low"),
+    "stream": (False,),
+    "partial_images": (0,),
+}
+"""Fields of OpenAI's that we have nothing for, and their values that ask for nothing."""
+
+
+class ImageCreate(Generation):
+    """The body of POST /v1/images/generations. A video model makes a still."""
+
+    n: Whole = Field(1, ge=1, le=10, description="how many; the seeds count up from `seed`")
+    response_format: Literal["b64_json", "url"] = "b64_json"
+    output_format: StillFormat = "png"
+    output_compression: Whole | None = Field(None, ge=0, le=100, description="quality of webp and jpeg")
+    quality: str | None = None
+    background: str | None = None
+    moderation: str | None = None
+    stream: bool | None = None
+    partial_images: int | None = None
+    user: str | None = None
+    safety_identifier: str | None = None
+
+    def to_params(self, card: Card) -> SamplingParams:
+        for name, taken in NOTHING.items():
+            value = getattr(self, name)
+            if value is not None and value not in taken:
+                choice = " or ".join(map(str, taken)).lower()
+                message = f"{value!r} is not available here; take {choice}, or leave it out"
+                raise InvalidInput(name, message, code="unsupported_value")
+        if self.output_format == "png" and self.output_compression not in {None, 100}:
+            raise InvalidInput("output_compression", "has no effect on png; it is for webp and jpeg")
+        return replace(super().to_params(card), num_frames=1)
+
+
+Body = TypeVar("Body", bound=Generation)
+
+
 def account(request: Request) -> str:
     """A name for the caller's API key: fair shares are per key, and the key itself goes no further than this."""
     secret = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
     return hashlib.sha256(secret.encode()).hexdigest()[:12] if secret else ""
 
 
-def resolve(body: VideoCreate, card: Card, model_name: str, max_prompt_chars: int) -> ResolvedParams:
+def resolve(body: Generation, card: Card, model_name: str, max_prompt_chars: int) -> ResolvedParams:
     """Everything that can be checked without the mesh.
 
     Raises:
@@ -128,25 +180,25 @@ def resolve(body: VideoCreate, card: Card, model_name: str, max_prompt_chars: in
         raise InvalidInput(_sent_as(error.field, body), error.message, code=error.code) from error
 
 
-def _sent_as(field: str, body: VideoCreate) -> str:
-    if field == "num_frames" and body.seconds is not None:
+def _sent_as(field: str, body: Generation) -> str:
+    if field == "num_frames" and isinstance(body, VideoCreate) and body.seconds is not None:
         return "seconds"
     return "size" if field in {"width", "height"} and body.size is not None else field
 
 
-async def read_video_create(request: Request) -> VideoCreate:
+async def read_body(request: Request, kind: type[Body]) -> Body:
     """The body, whichever of the three content types it came in.
 
     Raises:
         InvalidInput: names the first field that is wrong.
     """
-    fields = _merge_nested(await _read_fields(request))
+    fields = {name: value for name, value in _merge_nested(await _read_fields(request)).items() if value is not None}
     if fields.get("input_reference") is not None:
         raise InvalidInput("input_reference", "text-to-video models take no image", code="unsupported_parameter")
     try:
-        return VideoCreate.model_validate(fields)
+        return kind.model_validate(fields)
     except ValidationError as error:
-        raise _as_invalid_input(error) from error
+        raise _as_invalid_input(error, kind) from error
 
 
 async def _read_fields(request: Request) -> Fields:
@@ -230,14 +282,14 @@ def _merge_nested(fields: Fields) -> Fields:
     return fields
 
 
-def _as_invalid_input(error: ValidationError) -> InvalidInput:
+def _as_invalid_input(error: ValidationError, kind: type[Generation]) -> InvalidInput:
     """The first complaint in OpenAI's words."""
     first = error.errors(include_url=False)[0]
     field = str(first["loc"][0]) if first["loc"] else "body"
     if first["type"] == "missing":
         return InvalidInput(field, "is required", code="missing_required_parameter")
     if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(field, VideoCreate.model_fields, n=1)
+        near = difflib.get_close_matches(field, kind.model_fields, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return InvalidInput(field, f"is no parameter of this endpoint{hint}", code="unknown_parameter")
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")

@@ -11,6 +11,7 @@ import socket
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
@@ -48,6 +49,12 @@ MeshPlace = Annotated[
     str | None,
     Parameter(name="--mesh", help="Folder of the mesh, or its scheduler's endpoint; unset: the only one that runs."),
 ]
+CurveDir = Annotated[
+    str | None,
+    Parameter(name="--curve-dir", env_var="FRAMEMESH_CURVE_DIR", help="Folder of the keys for sockets between hosts."),
+]
+VIDEO, PICTURES = ".mp4", (".png", ".jpg", ".jpeg", ".webp")
+"""Endings of files."""
 NO_CONFIG, NO_PARAMS, NO_OUTPUT = Config(), SamplingParams(), Output()
 
 
@@ -82,7 +89,7 @@ def _run(argv: list[str]) -> int:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
-    for command in (serve, generate, run, tune, top, jobs, cancel, models, env):
+    for command in (serve, generate, run, tune, top, jobs, cancel, drain, models, env, doctor, keygen):
         app.command(command)
     return app(intake.tokens) or 0
 
@@ -101,7 +108,7 @@ def serve(
     profile_file: ProfileFile = None,
     dry_run: DryRun = False,
 ) -> int:
-    """Serve a model over HTTP until a signal."""
+    """Serve a model over HTTP; a signal drains it, a second one stops it at once."""
     ready = prepare(config, http=True)
     if dry_run:
         return _print_plan(ready)
@@ -205,9 +212,11 @@ def tune(
 def top(
     *,
     mesh: MeshPlace = None,
+    curve_dir: CurveDir = None,
     once: Annotated[bool, Parameter(negative="", help="Print one snapshot and leave.")] = False,
 ) -> int:
     """Watch a running mesh: ranks, queue, step times, memory; q leaves."""
+    _use_keys(curve_dir)
     from launch.top import top as follow
 
     return follow(mesh, once=once)
@@ -216,9 +225,11 @@ def top(
 def jobs(
     *,
     mesh: MeshPlace = None,
+    curve_dir: CurveDir = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="", help="One JSON array.")] = False,
 ) -> int:
     """List the requests of a running mesh."""
+    _use_keys(curve_dir)
     from launch.top import jobs as list_jobs
 
     return list_jobs(mesh, as_json=as_json)
@@ -229,11 +240,28 @@ def cancel(
     /,
     *,
     mesh: MeshPlace = None,
+    curve_dir: CurveDir = None,
 ) -> int:
     """Cancel a request of a running mesh."""
+    _use_keys(curve_dir)
     from launch.top import cancel as cancel_one
 
     return cancel_one(mesh, request_id)
+
+
+def drain(
+    *,
+    timeout: Annotated[
+        float | None,
+        Parameter(help="Seconds that running work gets to end before it is checkpointed; unset: the mesh's own."),
+    ] = None,
+    mesh: MeshPlace = None,
+) -> int:
+    """Have a running mesh finish its work, take no more, and stop; waits for it."""
+    from launch.observe import drain_mesh
+
+    drain_mesh(mesh, timeout, _say)
+    return 0
 
 
 def models(*, model_path: str | None = None, revision: str | None = None) -> int:
@@ -265,6 +293,38 @@ def env() -> int:
     return 0
 
 
+def doctor(
+    *,
+    config: ConfigFlags = NO_CONFIG,
+    config_file: ConfigFile = None,
+    as_json: Annotated[bool, Parameter(name="--json", negative="", help="One JSON array.")] = False,
+) -> int:
+    """Check this host for a mesh with these settings, and say what to do about what is found."""
+    from launch.doctor import doctor as examine_host
+
+    return examine_host(config, as_json=as_json)
+
+
+def keygen(*, curve_dir: CurveDir = None, name: str | None = None) -> int:
+    """Make this host's keys for sockets between hosts.
+
+    Parameters
+    ----------
+    name
+        Of this host, as the others know it; unset: its host name.
+    """
+    from launch.keygen import keygen as make_pair
+
+    return make_pair(Path(curve_dir) if curve_dir else None, name)
+
+
+def _use_keys(curve_dir: str | None) -> None:
+    from runtime.keys import load_keys
+    from runtime.wire import set_keys
+
+    set_keys(load_keys(curve_dir or None))
+
+
 @dataclasses.dataclass(frozen=True)
 class Prepared:
     """A model and a request that have passed every check that needs no weights."""
@@ -286,17 +346,19 @@ def prepare(
     """
     check_config(config)
     _check_output(output)
-    _try_folder(Path(config.output_path))
+    try_folder(Path(config.output_path))
     if http:
-        _try_port(config.host, config.port)
+        try_port(config.host, config.port)
     folder, card = _card_of(config.model_path, config.revision)
     config = _fit_layout(config, card)
     _check_encoders(config, folder)
     resolved = None if params is None else card.check(params)
+    _check_ending(output, card, resolved)
     if config.num_gpus > 1:
         _say("note: " + "\n".join(describe_layout(config.layout, card)))
-    for note in _notes(config):
+    for note in _notes(config, card):
         _say(f"note: {note}")
+    config = replace(config, vae_sp=config.vae_sp and config.num_gpus > 1 and card.decodes_in_strips)
     return Prepared(config, folder, card, resolved)
 
 
@@ -315,13 +377,15 @@ def _check_encoders(config: Config, folder: Path) -> None:
         resolve_tp(config.tp_size, read_configs(folder), config.layout.sp, load_machine("cpu-gloo"))
 
 
-def _notes(config: Config) -> Iterator[str]:
+def _notes(config: Config, card: Card) -> Iterator[str]:
     """What was asked for and changes nothing, or something else, with the reason."""
     if config.use_fsdp_inference and config.num_gpus == 1:
         yield "use_fsdp_inference: one rank has nobody to share its weights with; it holds all of them"
     if config.vae_sp and config.num_gpus == 1:
         yield "vae_sp: one rank decodes alone"
-    if config.vae_sp and config.vae_tiling and config.num_gpus > 1:
+    if config.vae_sp and not card.decodes_in_strips:
+        yield f"vae_sp: the {card.family} decode cannot be shared; every picture is decoded by one rank"
+    if config.vae_sp and config.vae_tiling and config.num_gpus > 1 and card.decodes_in_strips:
         yield "vae_tiling: with vae_sp the ranks decode strips of rows, which need no tiles and no blending"
     if config.vae_slicing:
         yield "vae_slicing: decodes take one request and one latent frame at a time anyway"
@@ -343,15 +407,25 @@ def _check_output(output: Output) -> None:
         return
     if "/" in name or "\\" in name or not name.isprintable():
         raise InvalidInput("output_file_name", f"{name!r} is no plain file name; the folder goes into --output-path")
-    if Path(name).suffix.lower() != ".mp4":
+    if Path(name).suffix.lower() not in {VIDEO, *PICTURES}:
+        endings = ", ".join(PICTURES)
         raise InvalidInput(
-            "output_file_name", f'{name!r} must end in .mp4, as in "clip.mp4"; videos are written as MP4'
+            "output_file_name", f'{name!r} must end in .mp4, as in "clip.mp4", or for a picture in one of {endings}'
         )
     if len(os.fsencode(name)) > 255:
         raise InvalidInput("output_file_name", f"{name!r} is longer than the 255 bytes that a file name may have")
 
 
-def _try_folder(folder: Path) -> None:
+def _check_ending(output: Output, card: Card, resolved: ResolvedParams | None) -> None:
+    """A video goes into an MP4, one frame may also be a picture; an image model makes nothing else."""
+    ending = Path(output.output_file_name or "").suffix.lower()
+    if ending == VIDEO and card.task_type == "T2I":
+        raise InvalidInput("output_file_name", f"this model makes pictures; take one of {', '.join(PICTURES)}")
+    if ending in PICTURES and resolved is not None and resolved.num_frames > 1:
+        raise InvalidInput("output_file_name", f"{resolved.num_frames} frames are a video; it must end in .mp4")
+
+
+def try_folder(folder: Path) -> None:
     """Write a file into the folder, and leave things as they were."""
     missing: list[Path] = []
     try:
@@ -367,7 +441,7 @@ def _try_folder(folder: Path) -> None:
                 path.rmdir()
 
 
-def _try_port(host: str, port: int) -> None:
+def try_port(host: str, port: int) -> None:
     """Bind the address for a moment, in the way that the server will."""
     try:
         addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)

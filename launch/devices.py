@@ -55,8 +55,10 @@ class Devices:
     reason: str
 
 
-def pick_devices(num_ranks: int, wanted: Literal["auto", "cuda", "cpu"]) -> Devices:
+def pick_devices(num_ranks: int, wanted: Literal["auto", "cuda", "cpu"], *, share: bool = False) -> Devices:
     """One GPU per rank, those with the most free memory; else the CPU, unless CUDA was asked for.
+
+    With `share`, ranks may be more than GPUs: they take turns on those that there are.
 
     Raises:
         InvalidInput: CUDA was asked for and there are fewer GPUs than ranks.
@@ -64,6 +66,8 @@ def pick_devices(num_ranks: int, wanted: Literal["auto", "cuda", "cpu"]) -> Devi
     if wanted == "cpu":
         return Devices("cpu", (), "device is cpu")
     gpus = visible_gpus()
+    if share and gpus:
+        num_ranks = min(num_ranks, len(gpus))
     if len(gpus) < num_ranks:
         found = _found(gpus, num_ranks)
         if wanted == "cuda":

@@ -175,8 +175,9 @@ class Generator:
         """What the supervisor cannot repair ends every running request instead of leaving it silent."""
         try:
             await self._supervisor.watch()
+            mesh.abort("the mesh was drained")
         except StartFailed as error:
-            mesh.abort(error)
+            mesh.abort(str(error))
 
     async def _pump(self, request: Request, events: queue.SimpleQueue[Event | Exception | None]) -> None:
         try:
@@ -189,7 +190,7 @@ class Generator:
     async def _stop(self) -> None:
         if self._guard is not None:
             self._guard.cancel()
-            await self._supervisor.drain(DRAIN_S)
+            await self._supervisor.leave(DRAIN_S)
         if self._mesh is not None:
             await self._mesh.close()
         await self._supervisor.stop()

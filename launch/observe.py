@@ -13,21 +13,27 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import msgspec
 
-from runtime.errors import FramemeshError, InvalidInput, NotReady
-from runtime.protocol import Cancel, FromObserver, FromScheduler, JobStatus, Observe, Status, ToObserver, Welcome
+from runtime.config import Config, load_frozen
+from runtime.errors import FramemeshError, InvalidInput, NotReady, PeerGone
+from runtime.protocol import Cancel, Drain, FromObserver, FromScheduler, JobStatus, Observe, Status, ToObserver, Welcome
 from runtime.wire import Channel, incarnation
 
 FOLDER_PREFIX = "framemesh-"
 MESH_FILE = "mesh.json"
+CONFIG_FILE = "config.json"
 ANSWER_S = 1.0
 """A scheduler that takes longer does not count as alive."""
+GONE_S = 5.0
+"""A draining scheduler that has not answered for so long has left."""
+ASK_EVERY_S = 0.5
+"""While a drain goes on."""
 CANCEL_S = 3.0
 """How long a cancelled request is watched; it ends with its item, which is shorter almost always."""
 
@@ -69,6 +75,18 @@ class RunFolder:
         new = self.path / f"{MESH_FILE}.new"
         new.write_bytes(msgspec.json.encode(self._about))
         new.replace(self.path / MESH_FILE)
+
+
+def run_folders() -> tuple[list[Path], list[Path]]:
+    """This user's run folders: (of launchers that live, of dead ones)."""
+    folders = _described_folders()
+    dead = [folder for folder in folders if _is_dead(folder)]
+    return [folder for folder in folders if folder not in dead], dead
+
+
+def is_abandoned(folder: Path) -> bool:
+    """Whether no launcher holds this run folder any more; it may be gone itself."""
+    return not folder.exists() or _is_dead(folder)
 
 
 def sweep_dead_folders() -> None:
@@ -152,6 +170,26 @@ class Observer:
             time.sleep(0.05)
         return job.id, not over
 
+    def drain(self, timeout_s: float) -> Iterator[Status]:
+        """Have the mesh end when its work has, at most `timeout_s` from now; how it stands until it is gone.
+
+        A launcher that looks after the scheduler has to end too, a scheduler without one only itself.
+        """
+        until, answered, draining = time.monotonic() + timeout_s, time.monotonic(), False
+        while not self.stopped:
+            # Said again until it is heard: a scheduler that was started anew knows nothing of it.
+            if not draining:
+                self._channel.send(Drain(max(until - time.monotonic(), 0.0)))
+            with contextlib.suppress(PeerGone):
+                self.ask()
+            status = self.answer(ASK_EVERY_S)
+            if status is not None:
+                answered, draining = time.monotonic(), status.draining
+                yield status
+                time.sleep(ASK_EVERY_S)
+            elif self.folder is None and time.monotonic() - answered > GONE_S:
+                return
+
     def _job(self, prefix: str) -> JobStatus:
         found = self.look(prefix).jobs if prefix else ()
         if not found:
@@ -191,12 +229,52 @@ def observe_mesh(place: str | None) -> Iterator[tuple[Observer, Status]]:
         yield alive[0]
 
 
+def drain_mesh(place: str | None, timeout_s: float | None, say: Callable[[str], None]) -> None:
+    """Let a mesh finish what it has, take no more, and stop; returns when it is gone.
+
+    `timeout_s` is what running work gets to end before it is checkpointed, by default what the mesh was started with.
+
+    Raises:
+        InvalidInput: a negative time, or no such mesh.
+        FramemeshError: no mesh runs, or the one that was named does not answer.
+    """
+    if timeout_s is not None and timeout_s < 0:
+        raise InvalidInput("--timeout", f"{timeout_s:g} is negative; take 0 or more seconds")
+    with observe_mesh(place) as (observer, _):
+        timeout_s = _config_of(observer.folder).drain_timeout if timeout_s is None else timeout_s
+        told = ""
+        for status in observer.drain(timeout_s):
+            if (left := describe_work(status)) != told:
+                say(f"draining: {left}")
+                told = left
+        say("stopped")
+
+
+def describe_work(status: Status) -> str:
+    running = sum(job.stage != "queued" for job in status.jobs)
+    return f"{running} running, {sum(status.queued.values())} queued"
+
+
+def work_left(endpoint: str) -> str:
+    """What a scheduler still has, in words; waits a second at most."""
+    try:
+        with Observer(endpoint) as observer:
+            return describe_work(observer.look())
+    except FramemeshError:
+        return "the scheduler does not say what is left"
+
+
 def read_mesh_file(folder: Path) -> MeshFile | None:
     """None if there is none that can be read."""
     try:
         return msgspec.json.decode((folder / MESH_FILE).read_bytes(), type=MeshFile)
     except (OSError, msgspec.DecodeError):
         return None
+
+
+def _config_of(folder: Path | None) -> Config:
+    """What the launcher of this folder was started with."""
+    return load_frozen(folder / CONFIG_FILE) if folder is not None else Config()
 
 
 def _observer_at(place: str) -> Observer:

@@ -25,9 +25,9 @@ class Output:
     """What becomes of the frames of `generate` and `run`."""
 
     output_file_name: str | None = None
-    """Name of the video inside --output-path, ending in .mp4; unset: a name of its own."""
+    """Name of the result inside --output-path, ending in .mp4 (a picture: .png, .jpg, .webp); unset: one of its own."""
     save_output: bool | None = None
-    """Write the video to disk; `run` always does."""
+    """Write the result to disk; `run` always does."""
     return_frames: bool = False
     """Hand the raw frames back: in the Python SDK only."""
 
@@ -45,7 +45,7 @@ def settings_of(cls: type, prefix: str = "") -> dict[str, Any]:
 CONFIG, SAMPLING, OUTPUT = settings_of(Config), settings_of(SamplingParams), settings_of(Output)
 SETTINGS = CONFIG | SAMPLING | OUTPUT
 NAMES = [*SETTINGS, *LATER, *ALIASES]
-COMMANDS = {"serve": CONFIG, "generate": SETTINGS, "run": SETTINGS}
+COMMANDS = {"serve": CONFIG, "generate": SETTINGS, "run": SETTINGS, "doctor": CONFIG}
 """Which settings each command works with."""
 
 HTTP_ONLY = frozenset({"host", "port", "served_model_name", "batching_delay_ms"})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import re
 import signal
@@ -15,20 +16,33 @@ from typing import Any
 
 from launch.client import Client
 from launch.generator import Generator, Result
+from launch.observe import work_left
 from launch.progress import ProgressView
 from launch.supervisor import Supervisor
 from runtime.config import Config
-from runtime.errors import FramemeshError, RequestFailed
+from runtime.errors import RequestFailed, StartFailed
+from runtime.log import get_logger, setup_logging
 from runtime.protocol import MeshState, Progress
 from runtime.sampling import SamplingParams
 
 INTERRUPTED = 130
 DRAIN_S = 3.0
 """How long idle ranks get to leave by themselves at the end."""
+OVERTIME_S = 30.0
+"""How long the writing of checkpoints and the leaving may take after the time for a drain is over."""
+
+log = get_logger("launcher")
 
 
 def serve(config: Config, folder: Path) -> int:
-    """Stay up until SIGINT or SIGTERM; prints the URL once requests can be served."""
+    """Stay up until it is drained, by SIGINT, SIGTERM or `framemesh drain`; prints the URL once requests can be served.
+
+    Returns 0 after a drain, 130 or 143 if a second signal cut it short.
+
+    Raises:
+        StartFailed: the mesh did not come up, or broke in a way that it cannot repair.
+    """
+    setup_logging("launcher", config.log_level)
     return asyncio.run(_serve(config, folder))
 
 
@@ -43,110 +57,171 @@ def generate_once(config: Config, folder: Path, params: SamplingParams, file_nam
         with Generator(config, folder, on_state=lambda state: _show_start(view, state)) as generator:
             result = generator.generate(params, on_event=lambda event: _show_event(view, event))
         if save:
-            video, sheet = _target(config, params, result.metadata["seed"], file_name)
-            _write_video(result, video)
-            _write_sheet(video, sheet)
+            suffix = ".png" if generator.card.task_type == "T2I" else ".mp4"
+            video, sheet = _target(config, params, result.metadata["seed"], file_name, suffix)
+            _write(result, video, sheet)
     if save:
         _report(video, sheet, result.metadata["seed"], result.metadata["timings"])
     return 0
 
 
+class Signals:
+    """SIGINT and SIGTERM as news, in place of what they do by default; for the rest of the running loop's life."""
+
+    def __init__(self) -> None:
+        self._numbers: asyncio.Queue[int] = asyncio.Queue()
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, self._numbers.put_nowait, number)
+
+    async def during(self, work: Coroutine[Any, Any, None]) -> int | None:
+        """Do the work. The signal that came before it was done and put an end to it, or None."""
+        task, signalled = asyncio.create_task(work), asyncio.create_task(self._numbers.get())
+        try:
+            await asyncio.wait({task, signalled}, return_when=asyncio.FIRST_COMPLETED)
+            if task.done():
+                task.result()
+            return signalled.result() if signalled.done() else None
+        finally:
+            task.cancel()
+            signalled.cancel()
+            await asyncio.gather(task, signalled, return_exceptions=True)
+
+
 async def _serve(config: Config, folder: Path) -> int:
-    supervisor = Supervisor(config, folder, with_gateway=True, quiet=False)
+    supervisor, signals = Supervisor(config, folder, with_gateway=True, quiet=False), Signals()
+    cut_short = None
+    try:
+        if await signals.during(_come_up(supervisor, config)):
+            _say("stopping")
+            return 0
+        if await signals.during(supervisor.wait_draining()):
+            await supervisor.drain(config.drain_timeout)
+            cut_short = await signals.during(_drained(supervisor, config.drain_timeout + OVERTIME_S))
+        else:
+            cut_short = await signals.during(_drained(supervisor, None))
+        if cut_short:
+            _say("stopping at once")
+            return 128 + cut_short
+        return 0
+    finally:
+        await supervisor.stop(at_once=bool(cut_short))
 
-    async def work() -> int:
-        await supervisor.start()
-        _say(f"{supervisor.devices_reason}; loading {config.model_path}")
-        await supervisor.wait_ready()
-        print(f"framemesh serves {config.model_name} at {supervisor.url}", flush=True)
-        await supervisor.watch()
-        return 1
 
-    code = await _until_signal(supervisor, work())
-    return 0 if code == INTERRUPTED else code
+async def _come_up(supervisor: Supervisor, config: Config) -> None:
+    await supervisor.start()
+    _say(f"{supervisor.devices_reason}; loading {config.model_path}")
+    await supervisor.wait_ready()
+    print(f"framemesh serves {config.model_name} at {supervisor.url}", flush=True)
+
+
+async def _drained(supervisor: Supervisor, limit_s: float | None) -> None:
+    """Until the scheduler and the ranks have left; what did not end is in the store and the spool."""
+    left = await asyncio.to_thread(work_left, supervisor.scheduler_endpoint)
+    _say(f"draining: {left}; again to stop at once")
+    try:
+        async with asyncio.timeout(limit_s):
+            await supervisor.watch()
+    except TimeoutError:
+        log.error("the drain did not end in its time; what is left goes on at the next start", limit_s=limit_s)
 
 
 async def _run_once(config: Config, folder: Path, params: SamplingParams, file_name: str | None) -> int:
-    supervisor = Supervisor(config, folder, with_gateway=True, quiet=True)
+    supervisor, signals = Supervisor(config, folder, with_gateway=True, quiet=True), Signals()
     made: list[tuple[Path, Path, int, dict[str, float]]] = []
     with ProgressView() as view:
         supervisor.on_state = lambda state: _show_start(view, state)
 
-        async def work() -> int:
+        async def work() -> None:
             await supervisor.start()
             await supervisor.wait_ready()
-            broken = asyncio.create_task(supervisor.watch())
-            video = asyncio.create_task(asyncio.to_thread(_one_video, supervisor.url, config, params, file_name, view))
-            await asyncio.wait({broken, video}, return_when=asyncio.FIRST_COMPLETED)
-            if broken.done():
-                broken.result()
-            broken.cancel()
+            ended = asyncio.create_task(supervisor.watch())
+            client = Client(supervisor.url)
+            # Closed, it waits for nobody any more in the thread.
+            closing.callback(client.close)
+            video = asyncio.create_task(asyncio.to_thread(_one_video, client, config, params, file_name, view))
+            await asyncio.wait({ended, video}, return_when=asyncio.FIRST_COMPLETED)
+            if not video.done():
+                ended.result()
+                raise StartFailed("the mesh was drained before the video was done")
+            ended.cancel()
             view.stage("stopping")
             made.append(video.result())
-            return 0
 
-        code = await _until_signal(supervisor, work())
+        try:
+            with contextlib.ExitStack() as closing:
+                signalled = await signals.during(work())
+                if signalled:
+                    _say("stopping")
+        finally:
+            await supervisor.leave(DRAIN_S)
+            await supervisor.stop()
     for video in made:
         _report(*video)
-    return code
-
-
-async def _until_signal(supervisor: Supervisor, work: Coroutine[Any, Any, int]) -> int:
-    """The work's exit code, or 130 when a signal came first; the mesh is stopped either way."""
-    signalled = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, signalled.set)
-    task, waiter = asyncio.create_task(work), asyncio.create_task(signalled.wait())
-    try:
-        await asyncio.wait({task, waiter}, return_when=asyncio.FIRST_COMPLETED)
-        if task.done():
-            return task.result()
-        _say("stopping")
-        return INTERRUPTED
-    finally:
-        waiter.cancel()
-        task.cancel()
-        await supervisor.drain(DRAIN_S)
-        await supervisor.stop()
-        with contextlib.suppress(asyncio.CancelledError, FramemeshError):
-            await task
+    return INTERRUPTED if signalled else 0
 
 
 def _one_video(
-    url: str, config: Config, params: SamplingParams, file_name: str | None, view: ProgressView
+    client: Client, config: Config, params: SamplingParams, file_name: str | None, view: ProgressView
 ) -> tuple[Path, Path, int, dict[str, float]]:
     """One prompt over HTTP: (video, contact sheet, seed, timings)."""
+    from gateway.media.stills import SUFFIXES
+
     sent = time.monotonic()
     first_frame = 0.0
-    with Client(url) as client:
-        job = client.create(params)
-        for name, data in client.events(job["id"]):
-            if name == "queued":
-                view.stage("queued", eta_s=data.get("eta_s"))
-            elif name == "stage":
-                view.stage(data["stage"])
-            elif name == "step":
-                view.stage(data.get("stage", "denoise"), data["step"], data["total_steps"], data["eta_s"])
-            elif name == "frames":
-                first_frame = first_frame or time.monotonic() - sent
-                view.frames(data["first"] + data["count"], data["total"])
-            elif name == "error":
-                raise RequestFailed(job["id"], data["error"]["code"], data["error"]["message"])
-        done = client.retrieve(job["id"])
-        video, sheet = _target(config, params, done["seed"], file_name)
-        client.download(job["id"], video)
+    if client.task_type() == "T2I" or Path(file_name or "").suffix.lower() in {*SUFFIXES}:
+        view.stage("picture")
+        return _one_picture(client, config, params, file_name)
+    job = client.create(params)
+    for name, data in client.events(job["id"]):
+        if name == "queued":
+            view.stage("queued", eta_s=data.get("eta_s"))
+        elif name == "stage":
+            view.stage(data["stage"])
+        elif name == "step":
+            view.stage(data.get("stage", "denoise"), data["step"], data["total_steps"], data["eta_s"])
+        elif name == "frames":
+            first_frame = first_frame or time.monotonic() - sent
+            view.frames(data["first"] + data["count"], data["total"])
+        elif name == "error":
+            raise RequestFailed(job["id"], data["error"]["code"], data["error"]["message"])
+    done = client.retrieve(job["id"])
+    video, sheet = _target(config, params, done["seed"], file_name, ".mp4")
+    client.download(job["id"], video)
     _write_sheet(video, sheet)
     timings = {**done["timings"], "first frame after": first_frame, "done after": time.monotonic() - sent}
     return video, sheet, done["seed"], timings
 
 
-def _target(config: Config, params: SamplingParams, seed: int, file_name: str | None) -> tuple[Path, Path]:
-    """(video, contact sheet) in the output folder, which is made if need be."""
+def _one_picture(
+    client: Client, config: Config, params: SamplingParams, file_name: str | None
+) -> tuple[Path, Path, int, dict[str, float]]:
+    """One prompt to an image model over HTTP: (picture, itself, seed, timings)."""
+    from gateway.media.stills import SUFFIXES
+
+    sent = time.monotonic()
+    kind = SUFFIXES[Path(file_name or ".png").suffix.lower() or ".png"]
+    made = client.create_image(params, output_format=kind)
+    picture, sheet = _target(config, params, made["seed"], file_name, ".png")
+    picture.write_bytes(base64.b64decode(made["b64_json"]))
+    return picture, sheet, made["seed"], {**made["timings"], "done after": time.monotonic() - sent}
+
+
+def _target(config: Config, params: SamplingParams, seed: int, file_name: str | None, suffix: str) -> tuple[Path, Path]:
+    """(result, contact sheet) in the output folder, which is made if need be; a picture is its own contact sheet."""
     slug = re.sub(r"[^a-z0-9]+", "-", params.prompt.lower()).strip("-")[:60] or "video"
-    video = Path(config.output_path) / (file_name or f"{slug}-{seed}.mp4")
-    video.parent.mkdir(parents=True, exist_ok=True)
-    return video, video.with_suffix(".png")
+    result = Path(config.output_path) / (file_name or f"{slug}-{seed}{suffix}")
+    result.parent.mkdir(parents=True, exist_ok=True)
+    return result, result.with_suffix(".png") if result.suffix.lower() == ".mp4" else result
+
+
+def _write(result: Result, target: Path, sheet: Path) -> None:
+    from gateway.media.stills import SUFFIXES, still
+
+    if target.suffix.lower() == ".mp4":
+        _write_video(result, target)
+        _write_sheet(target, sheet)
+    else:
+        target.write_bytes(still(result.frames[0], SUFFIXES[target.suffix.lower()], result.metadata))
 
 
 def _write_video(result: Result, video: Path) -> None:
@@ -168,7 +243,8 @@ def _write_sheet(video: Path, sheet: Path) -> None:
 
 
 def _report(video: Path, sheet: Path, seed: int, timings: dict[str, float]) -> None:
-    print(f"video          {video}\ncontact sheet  {sheet}\nseed           {seed}")
+    print(f"video          {video}\ncontact sheet  {sheet}" if sheet != video else f"picture        {video}")
+    print(f"seed           {seed}")
     print("timings        " + ", ".join(f"{name} {seconds:.2f} s" for name, seconds in timings.items()), flush=True)
 
 

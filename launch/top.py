@@ -175,12 +175,12 @@ def _rank_table(ranks: Iterable[RankStatus]) -> Table:
 
 
 def _step_table(times: Iterable[StepTime]) -> Table:
-    units = {"encode": "prompt", "denoise": "step", "decode": "chunk"}
+    units = {"encode": "prompt", "denoise": "step", "first_decode": "chunk", "decode": "chunk"}
     table = _table("LATEST", "BATCH>", "TIME>", "PREDICTED>", "OFF BY>")
     for time_ in times:
         off = time_.predicted_s / time_.seconds - 1 if time_.seconds > 0 else 0.0
         table.add_row(
-            Text(f"{time_.kind} {units.get(time_.kind, '')}"),
+            Text(f"{time_.kind.replace('_', ' ')} {units.get(time_.kind, '')}"),
             Text(str(time_.batch)),
             Text(_milliseconds(time_.seconds)),
             Text(_milliseconds(time_.predicted_s)),

@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from runtime.bounds import MAX_PROMPT_CHARS
 from runtime.errors import InvalidInput
 from runtime.layout import Heads, Layout, derive_layout
 
@@ -125,6 +126,8 @@ class Config:
     """The mesh stops with the last error when its workers, its scheduler or its gateway died so often in 5 minutes."""
     start_timeout: int = 1800
     """Seconds that the workers may take to load the model."""
+    curve_dir: str | None = None
+    """Folder of CURVE keys (made by `framemesh keygen`), for sockets between hosts; unset: ipc and loopback only."""
     log_level: LogLevel = "info"
     """How much the processes log."""
     trace_path: str | None = None
@@ -174,6 +177,10 @@ def check_config(config: Config) -> None:
         raise InvalidInput("port", f"{config.port} is not a port; take 0 (any free one) to 65535")
     if not config.vae_config.load_decoder:
         raise InvalidInput("vae_config.load_decoder", "must be true: without the decoder there are no frames")
+    if not 1 <= config.max_prompt_chars <= MAX_PROMPT_CHARS:
+        raise InvalidInput(
+            "max_prompt_chars", f"{config.max_prompt_chars} is out of range; take 1 to {MAX_PROMPT_CHARS}"
+        )
     for name in ("batching_max_size", "max_active", "crash_limit"):
         if getattr(config, name) < 1:
             raise InvalidInput(name, f"{getattr(config, name)} is too few; take 1 or more")

@@ -1,6 +1,7 @@
 """Predicted seconds for a unit of work: FLOPs or pixels over a rate, and a fixed part per launch, both fitted.
 
-A unit is one request (encode), one step (denoise) or one chunk of frames (decode). ETA, item length, batch budget and
+A unit is one request (encode), one step (denoise) or one chunk of frames (decode; the first chunk has other sizes
+than the rest, and is a kind of its own: first_decode). ETA, item length, batch budget and
 the order of requests all read this one model. Knows no queue and no policy.
 
     seconds(kind, shape, batch) = fixed[kind] + batch * work(shape) / rate[kind]
@@ -68,6 +69,7 @@ class Constants(msgspec.Struct):
     @staticmethod
     def first_guess() -> Constants:
         lines = {"encode": Line(0.01, 0.05), "denoise": Line(0.002, 5e-11), "decode": Line(0.002, 2.5e-6)}
+        lines["first_decode"] = Line(0.002, 2.5e-6)
         return Constants(lines)
 
 
@@ -80,6 +82,10 @@ class CostModel:
     _errors: deque[float] = field(default_factory=lambda: deque(maxlen=KEPT_ERRORS))
     _work_cache: dict[Hashable, float] = field(default_factory=dict)
 
+    def __post_init__(self) -> None:
+        # Constants of a file that is older than a kind.
+        self.constants.lines = Constants.first_guess().lines | self.constants.lines
+
     def predict(self, kind: str, params: ResolvedParams, layout: Layout, batch: int = 1) -> float:
         """Seconds for one unit of `batch` requests together."""
         known = self.constants.measured.get(self._key(kind, params, layout, batch))
@@ -89,6 +95,10 @@ class CostModel:
         alone = self.constants.measured.get(self._key(kind, params, layout, 1)) if batch > 1 else None
         # A shape whose single step is known: only how it grows with the batch has to be guessed.
         return seconds if alone is None else alone * seconds / self.fitted(kind, params, layout, 1)
+
+    def measured(self, kind: str, params: ResolvedParams, layout: Layout, batch: int = 1) -> bool:
+        """Whether this very unit was seen before."""
+        return self._key(kind, params, layout, batch) in self.constants.measured
 
     def fitted(self, kind: str, params: ResolvedParams, layout: Layout, batch: int) -> float:
         """The same by the line alone, whatever was measured for this very shape."""
@@ -113,7 +123,8 @@ class CostModel:
         return median(self._errors) if self._errors else None
 
     def _work(self, kind: str, params: ResolvedParams, layout: Layout) -> float:
-        shape = (kind, params.height, params.width, params.num_frames, params.guidance_scale > 1, layout.num_ranks)
+        branches = len(self.card.branches(params, 0))
+        shape = (kind, params.height, params.width, params.num_frames, branches, layout.num_ranks)
         work = self._work_cache.get(shape)
         if work is None:
             work = self._work_cache[shape] = self._count_work(kind, params, layout)
@@ -122,16 +133,18 @@ class CostModel:
     def _count_work(self, kind: str, params: ResolvedParams, layout: Layout) -> float:
         if kind == "denoise":
             return self.card.step_flops(params) / layout.num_ranks
+        first, *others = self.card.decode_chunks(params)
+        if kind == "first_decode" or (kind == "decode" and not others):
+            return params.height * params.width * first
         if kind == "decode":
-            chunks = self.card.decode_chunks(params)
-            return params.height * params.width * sum(chunks) / len(chunks)
+            return params.height * params.width * sum(others) / len(others)
         return 1.0
 
     def _key(self, kind: str, params: ResolvedParams, layout: Layout, batch: int) -> str:
         if kind == "encode":
             return kind
         shape = f"{kind} {params.height}x{params.width}x{params.num_frames}"
-        if kind == "decode":
+        if kind in {"decode", "first_decode"}:
             return shape
         branches = len(self.card.branches(params, 0))
         return f"{shape} branches={branches} layout={layout.cfg},{layout.ring},{layout.ulysses} batch={batch}"

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from runtime.errors import PeerGone
 from runtime.log import get_logger
 from runtime.protocol import (
     Cancel,
+    Checkpointed,
+    CheckpointFailed,
     Done,
     Drain,
-    Fence,
     FromScheduler,
     GatewayHello,
     Grant,
@@ -31,26 +31,16 @@ from runtime.protocol import (
     WorkerHello,
     WorkItem,
 )
+from runtime.roster import Roster
 from runtime.scheduler import Scheduler
 from runtime.status import StepTimes, take_status
 from runtime.wire import Channel, Received
 
-HEARTBEAT_LIMIT_S = 6.0
-"""A ready rank that is silent for so long is taken for dead; it beats once a second from a thread of its own."""
-
-GATEWAY_PROBE_S = 1.0
-"""How often a gateway is written to, news or not: only a send shows that it is gone."""
+BEAT_S = 1.0
+"""How often gateways and supervisors are written to, news or not: only a send shows who is gone, and only silence
+tells them that we are."""
 
 log = get_logger("engine")
-
-
-@dataclass
-class _Rank:
-    identity: bytes
-    hello: WorkerHello
-    last_seen: float
-    ready: bool = False
-    memory_budget: int = 0
 
 
 class Engine:
@@ -67,14 +57,12 @@ class Engine:
         self._scheduler = scheduler
         self._epoch = epoch
         channel.set_epoch(epoch)
-        self._ranks: dict[int, _Rank] = {}
+        self._roster = Roster(scheduler.layout.num_ranks)
         self._gateways: set[bytes] = set()
         self._supervisors: dict[bytes, str] = {}
         self._model: ModelInfo | None = None
-        self._generation = -1
         self._reason = "the workers are starting"
-        self._losses = 0
-        self._probed = 0.0
+        self._beaten = 0.0
         self._trace = trace
         self._step_times = StepTimes()
         self.stale = 0
@@ -88,16 +76,16 @@ class Engine:
             self._hear(received, now)
             received = self._channel.receive(0)
         self._watch(now)
-        self._probe_gateways(now)
+        self._beat(now)
         for item in self._scheduler.plan(now):
             self._start(item, now)
         for gateway, news in self._scheduler.take_news():
             self._tell_gateway(gateway, news, now)
-        self._stop_when_drained()
+        self._stop_when_drained(now)
 
     def _patience(self) -> float | None:
         """Seconds that the loop may sleep: for ever without peers, else until a heartbeat or a deadline is due."""
-        limits = [1.0] if self._ranks or self._gateways else []
+        limits = [BEAT_S] if self._roster.needs_watching or self._gateways or self._supervisors else []
         deadline = self._scheduler.next_deadline()
         if deadline is not None:
             limits.append(max(deadline - time.monotonic(), 0.0))
@@ -107,17 +95,16 @@ class Engine:
         message, sender = received.message, received.sender
         is_hello = isinstance(message, GatewayHello | WorkerHello | SupervisorHello | Observe)
         if not is_hello and received.epoch != self._epoch:
-            self.stale += 1
-            log.warning("dropped: stale epoch", sender=sender, message=type(message).__name__)
+            self._hear_stale(sender, message, now)
             return
         match message:
             case GatewayHello():
                 self._gateways.add(sender)
                 self._scheduler.gateway_joined(sender, message.frames_endpoint, message.credits)
-                self._greet(sender)
+                self._greet(sender, now)
             case SupervisorHello():
                 self._supervisors[sender] = message.host
-                self._greet(sender)
+                self._greet(sender, now)
             case WorkerHello():
                 self._worker_joined(sender, message, now)
             case Submit():
@@ -125,40 +112,59 @@ class Engine:
             case Cancel():
                 self._scheduler.cancel(message.request_id, message.reason, now)
             case Stored():
-                self._scheduler.stored(message.request_id, now)
+                self._scheduler.stored(sender, message.request_id, now)
             case Grant():
                 self._scheduler.granted(sender, message.credits)
             case Drain():
-                self._scheduler.draining = True
+                self._scheduler.drain(message.timeout_s, now)
+                self._reason = "the server is shutting down"
+                self._announce(now)
             case Observe():
                 self._answer(sender, message, now)
-            case Ready() | Heartbeat() | Done() | ItemFailed():
+            case Checkpointed():
+                # It is as good as it was when its writer died since.
+                self._scheduler.checkpointed(message.request_id, message.saved)
+            case _:
                 self._hear_rank(sender, message, now)
 
-    def _hear_rank(self, sender: bytes, message: Ready | Heartbeat | Done | ItemFailed, now: float) -> None:
-        rank = self._ranks.get(message.rank)
-        # A heartbeat comes from the rank's thread, whose identity extends the rank's own.
-        if rank is None or not sender.startswith(rank.identity):
+    def _hear_stale(self, sender: bytes, message: ToScheduler, now: float) -> None:
+        """Somebody who knew our predecessor: it learns our epoch and says hello again."""
+        self.stale += 1
+        # A rank's heart and its writer have sockets of their own, whose identities extend the rank's.
+        peer, _, organ = sender.partition(b"/")
+        if not organ:
+            log.warning("dropped: stale epoch", sender=sender, message=type(message).__name__)
+        elif isinstance(message, Heartbeat):
+            self._roster.hear_stranger(peer, message, now)
+        self._send(peer, Welcome(self._epoch))
+
+    def _hear_rank(
+        self, sender: bytes, message: Ready | Heartbeat | Done | ItemFailed | CheckpointFailed, now: float
+    ) -> None:
+        rank = self._roster.hear(sender, message.rank, now)
+        if rank is None:
             self.stale += 1
             return
-        rank.last_seen = now
         match message:
             case Ready():
-                rank.ready = True
-                rank.memory_budget = message.memory_budget
+                rank.ready, rank.memory_budget = True, message.memory_budget
                 self._scheduler.calibrate(message.measurements)
                 self._model = message.model or self._model
-                self._check_group()
+                self._check_group(now)
             case Done():
-                if self._trace is not None:
+                running = self._scheduler.running.get(message.seq)
+                if self._trace is not None and running is not None:
                     self._trace(message)
                 seconds = message.finished - message.started
-                self._step_times.note(self._scheduler.running.get(message.seq), seconds)
+                self._step_times.note(running, seconds)
                 self._scheduler.completed(message.rank, message.seq, seconds, now)
             case ItemFailed() if message.group_broken:
-                self._group_lost(f"rank {message.rank}: {message.reason}", now)
+                self._group_lost(f"rank {message.rank}: {message.reason}", now, (message.seq, message.code))
             case ItemFailed():
                 self._scheduler.failed(message.rank, message.seq, message.code, message.reason, now)
+            case CheckpointFailed():
+                log.warning("no checkpoint", request=message.request_id, step=message.step, reason=message.reason)
+                self._scheduler.checkpoint_failed(message.request_id)
             case Heartbeat():
                 pass
 
@@ -166,57 +172,54 @@ class Engine:
         if hello.num_ranks != self._scheduler.layout.num_ranks:
             log.error("refused a worker", theirs=hello.num_ranks, ours=str(self._scheduler.layout))
             return
-        # A torchrun that was started anew counts its generations from 0 again, but its ranks are new.
-        if hello.generation > self._generation or hello.rank in self._ranks:
+        if self._roster.replaces(hello):
             self._group_lost("the worker group was restarted", now)
-        if self._ranks and hello.generation < self._generation:
+        if self._roster.join(sender, hello, now):
+            self._send(sender, Welcome(self._epoch))
+        else:
             self.stale += 1
-            return
-        self._generation = hello.generation
-        self._ranks[hello.rank] = _Rank(sender, hello, now)
-        self._send(sender, Welcome(self._epoch))
 
-    def _check_group(self) -> None:
-        if len(self._ranks) == self._scheduler.layout.num_ranks and all(r.ready for r in self._ranks.values()):
-            self._reason = "ready"
-            budget = min(rank.memory_budget for rank in self._ranks.values())
-            self._scheduler.group_ready(budget or None)
-        self._announce()
+    def _check_group(self, now: float) -> None:
+        if self._roster.complete:
+            self._reason = "the server is shutting down" if self._scheduler.draining else "ready"
+            self._scheduler.group_ready(self._roster.memory_budget or None)
+        self._announce(now)
 
-    def _group_lost(self, reason: str, now: float) -> None:
-        """One recovery path: forget the ranks, fail what ran, wait for the group to come back."""
-        if not self._ranks:
+    def _group_lost(self, reason: str, now: float, culprit: tuple[int, str] | None = None) -> None:
+        """One recovery path: forget the ranks, send what ran back into the line, wait for the group to come back."""
+        if not self._roster.ranks:
             return
         log.error("worker group lost", reason=reason)
-        self._ranks.clear()
-        self._losses += 1
+        self._roster.ranks.clear()
         self._reason = f"the workers are restarting: {reason}"
-        self._scheduler.group_lost(f"a worker was lost ({reason})", now)
-        self._announce()
+        self._scheduler.group_lost(f"a worker was lost ({reason})", now, culprit)
+        self._announce(now)
 
     def _watch(self, now: float) -> None:
-        """A ready rank whose heartbeat stopped hangs or is dead: have it killed, so that its group restarts."""
-        silent = [r for r in self._ranks.values() if r.ready and now - r.last_seen > HEARTBEAT_LIMIT_S]
-        for rank in silent[:1]:
-            reason = f"rank {rank.hello.rank} was silent for {now - rank.last_seen:.1f} s"
-            for supervisor, host in self._supervisors.items():
-                if host == rank.hello.host:
-                    self._send(supervisor, Fence(rank.hello.rank, rank.hello.pid, reason))
-            self._group_lost(reason, now)
+        """Have ranks killed that hang, so that their group restarts."""
+        trouble = self._roster.trouble(self._scheduler.running.values(), now)
+        fences = list(trouble.fences) if trouble is not None else []
+        for host, fence in fences + self._roster.left_over(now):
+            for supervisor, its_host in self._supervisors.items():
+                if its_host == host:
+                    self._send(supervisor, fence)
+        if trouble is not None:
+            self._group_lost(trouble.reason, now)
 
-    def _probe_gateways(self, now: float) -> None:
-        """A request that waits for its gateway makes no news, so that nobody would see the gateway die."""
-        if now - self._probed > GATEWAY_PROBE_S:
-            self._probed = now
+    def _beat(self, now: float) -> None:
+        if now - self._beaten > BEAT_S:
+            self._beaten = now
             for gateway in tuple(self._gateways):
                 self._tell_gateway(gateway, Welcome(self._epoch), now)
+            for supervisor in self._supervisors:
+                self._send(supervisor, Welcome(self._epoch))
 
     def _start(self, item: WorkItem, now: float) -> None:
         for rank in item.ranks:
-            if rank not in self._ranks:
+            if rank not in self._roster.ranks:
                 continue
             try:
-                self._channel.send(item, to=self._ranks[rank].identity)
+                self._channel.send(item, to=self._roster.ranks[rank].identity)
             except PeerGone:
                 self._group_lost(f"rank {rank} is gone", now)
                 return
@@ -226,17 +229,17 @@ class Engine:
             self._gateways.discard(gateway)
             self._scheduler.gateway_lost(gateway, now)
 
-    def _greet(self, peer: bytes) -> None:
+    def _greet(self, peer: bytes, now: float) -> None:
         self._send(peer, Welcome(self._epoch))
-        self._send(peer, self._state())
+        self._send(peer, self._state(now))
 
     def _answer(self, observer: bytes, question: Observe, now: float) -> None:
         """One snapshot for one question. Observers are not kept: whoever went away is not missed."""
         dropped = self._channel.dropped.malformed + self._channel.dropped.wrong_version
         status = take_status(
             self._scheduler,
-            self._ranks,
-            self._state(),
+            self._roster.ranks,
+            self._state(now),
             question.prefix,
             now,
             epoch=self._epoch,
@@ -247,25 +250,27 @@ class Engine:
         self._send(observer, Welcome(self._epoch))
         self._send(observer, status)
 
-    def _announce(self) -> None:
+    def _announce(self, now: float) -> None:
         for peer in [*self._gateways, *self._supervisors]:
-            self._send(peer, self._state())
+            self._send(peer, self._state(now))
 
-    def _state(self) -> MeshState:
-        ready = sum(rank.ready for rank in self._ranks.values())
+    def _state(self, now: float) -> MeshState:
+        scheduler = self._scheduler
         return MeshState(
-            self._scheduler.ready,
+            scheduler.ready and not scheduler.draining,
             self._reason,
-            ready,
-            self._scheduler.layout.num_ranks,
+            self._roster.num_ready,
+            scheduler.layout.num_ranks,
             self._model,
-            self._losses,
+            scheduler.losses.total,
+            scheduler.draining,
+            scheduler.losses.crash_loop(now),
         )
 
-    def _stop_when_drained(self) -> None:
-        if self._scheduler.draining and self._scheduler.idle and not self.stopped:
+    def _stop_when_drained(self, now: float) -> None:
+        if self._scheduler.drained(now) and not self.stopped:
             self.stopped = True
-            for rank in self._ranks.values():
+            for rank in self._roster.ranks.values():
                 self._send(rank.identity, Shutdown())
 
     def _send(self, peer: bytes, message: FromScheduler) -> bool:

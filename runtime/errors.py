@@ -5,6 +5,8 @@ FramemeshError
 ├── NotReady                           the mesh cannot take work now: HTTP 503
 ├── RequestFailed                      an accepted request ended without output; carries code and reason
 ├── StartFailed                        a process of the mesh did not come up, or died: exit code 1
+├── NotCheckpointable                  a state that nobody knows how to save (internal to the workers)
+├── CheckpointUnusable                 a saved state that does not fit: the request starts again from step 0
 └── PeerGone                           a message had no one to go to (internal to the wire)
 """
 
@@ -47,6 +49,14 @@ class RequestFailed(FramemeshError):
 
 class StartFailed(FramemeshError):
     """A child process died or did not become ready in time."""
+
+
+class NotCheckpointable(FramemeshError):
+    """A request's state cannot be saved: its solver is not among those whose state is known."""
+
+
+class CheckpointUnusable(FramemeshError):
+    """A saved state is damaged, or of another request, model, solver or version; it is never resumed roughly."""
 
 
 class PeerGone(FramemeshError):

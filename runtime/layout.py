@@ -7,6 +7,7 @@ from typing import Literal, Protocol
 
 import msgspec
 
+from runtime.bounds import Degree
 from runtime.errors import InvalidInput
 
 Axis = Literal["cfg", "ring", "ulysses", "sp", "replica"]
@@ -38,9 +39,9 @@ class Layout(msgspec.Struct, frozen=True, array_like=True):
     Ulysses groups are {0, 1} and {2, 3}.
     """
 
-    cfg: int = 1
-    ring: int = 1
-    ulysses: int = 1
+    cfg: Degree = 1
+    ring: Degree = 1
+    ulysses: Degree = 1
 
     @property
     def sp(self) -> int:

@@ -53,6 +53,22 @@ class MemoryLedger:
         )
         return f"it needs {need / GIB:.3g} GiB on a rank, {self.budget / GIB:.3g} GiB are free for requests; {advice}"
 
+    def advice(self, record: RequestRecord, kind: str) -> str:
+        """What would need less memory than a request that ran out of it though it should have fitted."""
+        levers = {
+            "encode": "a text encoder in bf16 (--text-encoder-precisions bf16) needs half",
+            "denoise": "more ranks share its activations (--ulysses-degree)",
+            "first_decode": "--vae-tiling decodes tile by tile",
+            "decode": "--vae-tiling decodes tile by tile",
+        }
+        params = record.request.params
+        half = MemoryLedger(self.card, sum(self._bytes(params)) // 2)
+        fitting = half._fewer_frames(params) or half._smaller_size(params)
+        smaller = (
+            f"{fitting.num_frames} frames of {fitting.width}x{fitting.height} need half as much" if fitting else ""
+        )
+        return "; ".join(filter(None, (smaller, levers[kind])))
+
     def admits(self, record: RequestRecord) -> bool:
         """Whether a queued request may get a state now."""
         if self.budget is None:

@@ -23,6 +23,11 @@ class Predictions:
         kind, units, batch = item_size(item)
         return units * self.cost.predict(kind, params, self.layout, batch)
 
+    def measured(self, item: Encode | Denoise | Decode, params: ResolvedParams) -> bool:
+        """Whether such an item was seen before."""
+        kind, _, batch = item_size(item)
+        return self.cost.measured(kind, params, self.layout, batch)
+
     def observe(self, item: Encode | Denoise | Decode, params: ResolvedParams, seconds: float) -> None:
         """Learn from an item that is over."""
         kind, units, batch = item_size(item)
@@ -33,7 +38,8 @@ class Predictions:
         units = {
             "encode": int(record.stage in {Stage.QUEUED, Stage.ENCODE}),
             "denoise": record.total_steps - record.step,
-            "decode": record.total_chunks - record.chunk,
+            "first_decode": int(record.chunk == 0),
+            "decode": record.total_chunks - max(record.chunk, 1),
         }
         return sum(n * self.cost.predict(kind, record.request.params, self.layout) for kind, n in units.items())
 
@@ -46,4 +52,4 @@ def item_size(item: Encode | Denoise | Decode) -> tuple[str, int, int]:
         case Denoise():
             return "denoise", item.steps, len(item.request_ids)
         case Decode():
-            return "decode", item.chunks, 1
+            return "decode" if item.first_chunk else "first_decode", item.chunks, 1

@@ -11,19 +11,50 @@
     worker     -> gateway     FramesChunk (+ a payload of raw pixels)
 
 Structs are arrays on the wire (positional), so a new field is appended with a default; anything else raises
-`PROTOCOL_VERSION`. The envelope (version, epoch) and the sender's identity belong to `runtime.wire`.
+`PROTOCOL_VERSION`. Values outside the ranges of `runtime.bounds` make a message malformed. The envelope (version,
+epoch) and the sender's identity belong to `runtime.wire`.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
+from msgspec import Meta
 
+from runtime.bounds import (
+    MAX_REQUESTS,
+    Credits,
+    Degree,
+    Frames,
+    Id,
+    Int63,
+    ItemSeq,
+    Pid,
+    Pixels,
+    Place,
+    Priority,
+    Rank,
+    RankCount,
+    RealPid,
+    Seconds,
+    SomeFrames,
+    SomeSteps,
+    Steps,
+    Times,
+    TokenId,
+    Word,
+)
 from runtime.layout import Layout
 from runtime.sampling import ResolvedParams
 
 PROTOCOL_VERSION = 2
+
+Ranks = Annotated[tuple[Rank, ...], Meta(max_length=65_536)]
+Ids = Annotated[tuple[Id, ...], Meta(max_length=MAX_REQUESTS)]
+TokenIds = Annotated[
+    dict[Word, dict[Word, Annotated[tuple[TokenId, ...], Meta(max_length=1_000_000)]]], Meta(max_length=16)
+]
 
 
 class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
@@ -36,25 +67,25 @@ class Message(msgspec.Struct, frozen=True, array_like=True, tag=True):
 class TokenizerExport(msgspec.Struct, frozen=True):
     """One text encoder's tokenizer, so that a gateway can tokenize without transformers."""
 
-    encoder: str
+    encoder: Word
     """Component name in the pipeline, e.g. "text_encoder"."""
     json: str
     """`tokenizers.Tokenizer.to_str()`."""
-    max_length: int
+    max_length: Frames
     """Tokens, special ones included, that the family's pipeline feeds this encoder."""
 
 
 class ModelInfo(msgspec.Struct, frozen=True):
     """What rank 0 tells the mesh about the loaded model."""
 
-    name: str
-    model_path: str
+    name: Place
+    model_path: Place
     configs: dict[str, dict[str, Any]]
     """The folder's JSON configs by component; what the family's card is built from."""
-    tokenizers: tuple[TokenizerExport, ...]
-    dit_precision: str
-    vae_precision: str
-    device: str
+    tokenizers: Annotated[tuple[TokenizerExport, ...], Meta(max_length=16)]
+    dit_precision: Word
+    vae_precision: Word
+    device: Word
     layout: Layout
 
 
@@ -64,74 +95,74 @@ class ModelInfo(msgspec.Struct, frozen=True):
 class Request(msgspec.Struct, frozen=True):
     """One accepted generation."""
 
-    id: str
+    id: Id
     params: ResolvedParams
-    token_ids: dict[str, dict[str, tuple[int, ...]]] = {}
+    token_ids: TokenIds = {}
     """Per encoder and prompt ("prompt", "negative_prompt"): unpadded ids; an encoder that is missing is tokenized
     on the worker."""
-    attempt: int = 0
+    attempt: Times = 0
     """How often it was started; frames of an older attempt are dropped."""
-    key: str = ""
+    key: Word = ""
     """Whom the work is charged to: a name for the API key, never the key itself."""
-    priority: int = 0
+    priority: Priority = 0
     """Higher goes first within a key."""
-    timeout_s: float | None = None
+    timeout_s: Seconds | None = None
     """Seconds after its arrival at which it is no longer wanted."""
 
 
 class GatewayHello(Message, frozen=True):
-    frames_endpoint: str
+    frames_endpoint: Place
     """Where this gateway instance takes frames."""
-    credits: int
+    credits: Credits
     """Chunks that may be on their way to it at once."""
 
 
 class Submit(Message, frozen=True):
-    requests: tuple[Request, ...]
+    requests: Annotated[tuple[Request, ...], Meta(max_length=MAX_REQUESTS)]
 
 
 class Cancel(Message, frozen=True):
-    request_id: str
-    reason: str = "cancelled by the client"
+    request_id: Id
+    reason: Place = "cancelled by the client"
 
 
 class Stored(Message, frozen=True):
     """The gateway has every frame of the request on disk (or in the caller's hands)."""
 
-    request_id: str
+    request_id: Id
 
 
 class Grant(Message, frozen=True):
     """Chunks that were consumed: so many more may be sent."""
 
-    credits: int
+    credits: Credits
 
 
 class Progress(Message, frozen=True):
     """Where a request is. `eta_s` is the predicted time to the last frame, seconds."""
 
-    request_id: str
+    request_id: Id
     stage: str
-    step: int
-    total_steps: int
+    step: Int63
+    total_steps: Int63
     eta_s: float
-    queue_position: int = 0
+    queue_position: Int63 = 0
 
 
 class Completed(Message, frozen=True):
-    request_id: str
+    request_id: Id
     timings: dict[str, float]
     """Seconds per stage (queued, encode, denoise, decode, total) as the scheduler saw them."""
 
 
 class Failed(Message, frozen=True):
-    request_id: str
-    code: str
+    request_id: Id
+    code: Word
     reason: str
 
 
 class Cancelled(Message, frozen=True):
-    request_id: str
+    request_id: Id
     reason: str
 
 
@@ -140,10 +171,10 @@ class MeshState(Message, frozen=True):
 
     ready: bool
     reason: str
-    ranks_ready: int
-    num_ranks: int
+    ranks_ready: RankCount
+    num_ranks: RankCount
     model: ModelInfo | None = None
-    losses: int = 0
+    losses: Times = 0
     """How often the worker group was lost so far."""
     draining: bool = False
     """Takes no new work and ends when what runs has ended."""
@@ -154,64 +185,64 @@ class MeshState(Message, frozen=True):
 class Welcome(Message, frozen=True):
     """Answer to every hello: the scheduler's epoch, which the peer uses from now on."""
 
-    epoch: int
+    epoch: Int63
 
 
 # ---- ranks and items ---------------------------------------------------------------------------------------------
 
 
 class WorkerHello(Message, frozen=True):
-    rank: int
-    num_ranks: int
-    generation: int
+    rank: Rank
+    num_ranks: Degree
+    generation: Times
     """How often the worker group was restarted; ranks of different generations never share an item."""
-    host: str
-    pid: int
+    host: Word
+    pid: Pid
 
 
 class Measurement(msgspec.Struct, frozen=True):
     """What a unit of work cost when the ranks warmed up."""
 
-    kind: str
+    kind: Literal["encode", "denoise", "first_decode", "decode"]
     params: ResolvedParams
-    batch: int
-    seconds: float
+    batch: Degree
+    seconds: Seconds
 
 
 class Ready(Message, frozen=True):
-    rank: int
-    generation: int
+    rank: Rank
+    generation: Times
     model: ModelInfo | None = None
     """Only rank 0 sends it."""
-    memory_budget: int = 0
+    memory_budget: Int63 = 0
     """Bytes that this rank has for the states of requests; 0: not known."""
-    measurements: tuple[Measurement, ...] = ()
+    measurements: Annotated[tuple[Measurement, ...], Meta(max_length=10_000)] = ()
 
 
 class Heartbeat(Message, frozen=True):
     """Sent by a thread of its own once a second: the process lives. `busy_seq` is the item it is in, -1 for none."""
 
-    rank: int
-    generation: int
-    busy_seq: int
-    host: str = ""
-    pid: int = 0
+    rank: Rank
+    generation: Times
+    busy_seq: ItemSeq
+    host: Word = ""
+    pid: Pid = 0
 
 
 class SavedState(msgspec.Struct, frozen=True):
     """A checkpoint in the spool: everything that the step after `step` reads, embeddings left out."""
 
-    step: int
+    step: Steps
     """Denoising steps that it holds."""
-    path: str
-    bytes: int
+    path: Place
+    bytes: Int63
 
 
 class Encode(Message, frozen=True):
     """Tokens to embeddings to initial latents, or to the latents of a checkpoint."""
 
-    seq: int
-    ranks: tuple[int, ...]
+    seq: Int63
+    ranks: Ranks
     requests: tuple[Request, ...]
     resume: dict[str, SavedState] = {}
     """By request; those that are not in it start at step 0."""
@@ -220,11 +251,11 @@ class Encode(Message, frozen=True):
 class Denoise(Message, frozen=True):
     """`steps` denoising steps of a batch on a layout."""
 
-    seq: int
-    ranks: tuple[int, ...]
+    seq: Int63
+    ranks: Ranks
     layout: Layout
-    request_ids: tuple[str, ...]
-    steps: int
+    request_ids: Ids
+    steps: SomeSteps
 
 
 class Decode(Message, frozen=True):
@@ -233,30 +264,32 @@ class Decode(Message, frozen=True):
     `first_chunk` 0 begins the decode anew, whatever was decoded before.
     """
 
-    seq: int
-    ranks: tuple[int, ...]
-    request_id: str
-    chunks: int
-    endpoint: str
-    first_chunk: int = 0
-    attempt: int = 0
+    seq: Int63
+    ranks: Ranks
+    request_id: Id
+    chunks: SomeFrames
+    endpoint: Place
+    first_chunk: Frames = 0
+    attempt: Times = 0
     """Goes into the header of every chunk."""
 
 
 class Checkpoint(Message, frozen=True):
     """Write these requests' states to the spool as they are now; a thread does it and nobody waits."""
 
-    seq: int
-    ranks: tuple[int, ...]
-    request_ids: tuple[str, ...]
+    seq: Int63
+    ranks: Ranks
+    request_ids: Ids
 
 
 class Release(Message, frozen=True):
     """Forget these requests, and remove their checkpoints."""
 
-    seq: int
-    ranks: tuple[int, ...]
-    request_ids: tuple[str, ...]
+    seq: Int63
+    ranks: Ranks
+    request_ids: Ids
+    keep_saved: bool = False
+    """They start again: their checkpoints stay."""
 
 
 WorkItem = Encode | Denoise | Decode | Checkpoint | Release
@@ -265,18 +298,18 @@ WorkItem = Encode | Denoise | Decode | Checkpoint | Release
 class Done(Message, frozen=True):
     """A rank finished an item. Times are the rank's own monotonic clock, seconds."""
 
-    rank: int
-    seq: int
-    started: float
-    finished: float
+    rank: Rank
+    seq: Int63
+    started: Seconds
+    finished: Seconds
 
 
 class ItemFailed(Message, frozen=True):
     """A rank could not finish an item. `group_broken`: its collectives may be out of step, the rank exits."""
 
-    rank: int
-    seq: int
-    code: str
+    rank: Rank
+    seq: ItemSeq
+    code: Word
     reason: str
     group_broken: bool
 
@@ -284,17 +317,17 @@ class ItemFailed(Message, frozen=True):
 class Checkpointed(Message, frozen=True):
     """A request's state is durable."""
 
-    rank: int
-    request_id: str
+    rank: Rank
+    request_id: Id
     saved: SavedState
 
 
 class CheckpointFailed(Message, frozen=True):
     """A request's state could not be written; an older checkpoint of it, if there is one, still holds."""
 
-    rank: int
-    request_id: str
-    step: int
+    rank: Rank
+    request_id: Id
+    step: Steps
     reason: str
 
 
@@ -303,7 +336,7 @@ class Shutdown(Message, frozen=True):
 
 
 class SupervisorHello(Message, frozen=True):
-    host: str
+    host: Word
 
 
 class Drain(Message, frozen=True):
@@ -312,29 +345,29 @@ class Drain(Message, frozen=True):
     What still runs after `timeout_s` is written to the spool, so that the next start goes on from there.
     """
 
-    timeout_s: float | None = None
+    timeout_s: Seconds | None = None
     """None waits for ever."""
 
 
 class Fence(Message, frozen=True):
     """Kill this process of your host: it hangs."""
 
-    rank: int
-    pid: int
+    rank: Rank
+    pid: RealPid
     reason: str
 
 
 class FramesChunk(Message, frozen=True):
     """Header of `count` decoded frames; the payload is uint8 RGB of shape (count, height, width, 3)."""
 
-    request_id: str
-    attempt: int
-    first_frame: int
-    count: int
-    total: int
-    height: int
-    width: int
-    timings: dict[str, float] = {}
+    request_id: Id
+    attempt: Times
+    first_frame: Frames
+    count: SomeFrames
+    total: SomeFrames
+    height: Pixels
+    width: Pixels
+    timings: Annotated[dict[Word, Seconds], Meta(max_length=100)] = {}
     """On the last chunk: the rank's own seconds per stage."""
 
 
@@ -344,7 +377,7 @@ class FramesChunk(Message, frozen=True):
 class Observe(Message, frozen=True):
     """How do things stand? A hello that is repeated for every Status; nothing is remembered of who asks."""
 
-    prefix: str = ""
+    prefix: Id = ""
     """Only the request of this id, or else those whose ids begin so."""
 
 

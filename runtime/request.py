@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from runtime.protocol import Request
+from runtime.protocol import Request, SavedState
 
 
 class Stage(StrEnum):
@@ -27,12 +28,13 @@ ACTIVE = frozenset({Stage.ENCODE, Stage.DENOISE, Stage.DECODE, Stage.DELIVER})
 """Stages in which the ranks hold state for the request."""
 
 _MOVES: dict[Stage, frozenset[Stage]] = {
-    Stage.QUEUED: frozenset({Stage.ENCODE, Stage.FAILED, Stage.CANCELLED}),
-    Stage.ENCODE: frozenset({Stage.DENOISE, Stage.FAILED, Stage.CANCELLED}),
-    Stage.DENOISE: frozenset({Stage.DECODE, Stage.FAILED, Stage.CANCELLED}),
-    Stage.DECODE: frozenset({Stage.DELIVER, Stage.FAILED, Stage.CANCELLED}),
-    Stage.DELIVER: frozenset({Stage.COMPLETED, Stage.FAILED, Stage.CANCELLED}),
+    Stage.QUEUED: frozenset({Stage.ENCODE}),
+    Stage.ENCODE: frozenset({Stage.DENOISE, Stage.DECODE, Stage.QUEUED}),
+    Stage.DENOISE: frozenset({Stage.DECODE, Stage.QUEUED}),
+    Stage.DECODE: frozenset({Stage.DELIVER, Stage.QUEUED}),
+    Stage.DELIVER: frozenset({Stage.DECODE, Stage.QUEUED}),
 }
+"""Beside these, whatever has not ended may end. Back to QUEUED is a restart, DELIVER to DECODE a repeated decode."""
 
 
 @dataclass
@@ -53,6 +55,18 @@ class RequestRecord:
     """Held on every rank from encode on."""
     decode_bytes: int = 0
     """Held on the decoding rank beside that."""
+    attempt: int = 0
+    """How often its frames were begun anew; those of an older attempt are dropped."""
+    losses: list[int] = field(default_factory=list)
+    """Losses of the worker group during its items."""
+    alone: bool = False
+    """It is under suspicion: nothing else runs beside its items."""
+    saved: SavedState | None = None
+    """Its newest checkpoint."""
+    saved_upto: int = 0
+    """The step up to which it has been written, or is being written."""
+    orphaned_until: float = math.inf
+    """Its gateway is gone; if no other takes it until then, it ends."""
     stage: Stage = Stage.QUEUED
     step: int = 0
     chunk: int = 0
@@ -62,7 +76,8 @@ class RequestRecord:
     cancel_reason: str | None = None
     stored: bool = False
     """The gateway has all its frames."""
-    entered: dict[Stage, float] = field(default_factory=dict)
+    entered: list[tuple[Stage, float]] = field(default_factory=list)
+    """Every stage in turn, with the time when it began."""
 
     @property
     def id(self) -> str:
@@ -75,6 +90,7 @@ class RequestRecord:
 
     @property
     def deadline(self) -> float:
+        """When it is no longer wanted."""
         timeout = self.request.timeout_s
         return math.inf if timeout is None else self.arrived + timeout
 
@@ -82,15 +98,36 @@ class RequestRecord:
     def total_steps(self) -> int:
         return self.request.params.num_inference_steps
 
+    @property
+    def resume_step(self) -> int:
+        """The step at which it starts when it has no state on the ranks."""
+        return self.saved.step if self.saved is not None else 0
+
+    @property
+    def restarted(self) -> bool:
+        """Whether an earlier attempt may have come as far as its frames."""
+        return self.attempt > self.request.attempt
+
     def move(self, to: Stage, now: float) -> None:
         """Enter a stage; an illegal move is our bug."""
-        assert to in _MOVES.get(self.stage, frozenset()), f"{self.id}: {self.stage} -> {to}"
+        legal = self.stage not in ENDED if to in ENDED else to in _MOVES.get(self.stage, frozenset())
+        assert legal, f"{self.id}: {self.stage} -> {to}"
         self.stage = to
-        self.entered[to] = now
+        self.entered.append((to, now))
+
+    def restart(self, now: float) -> None:
+        """Its state is gone: back into the line, to go on from its checkpoint."""
+        self.move(Stage.QUEUED, now)
+        self.attempt += 1
+        self.running = False
+        self.step, self.chunk, self.decode_rank = self.resume_step, 0, None
+        self.saved_upto = self.resume_step
 
     def timings(self, now: float) -> dict[str, float]:
-        """Seconds spent in each stage so far."""
-        marks = [(Stage.QUEUED, self.arrived), *self.entered.items()]
-        ends = [start for _, start in marks[1:]] + [now]
-        spent = {str(stage): end - start for (stage, start), end in zip(marks, ends, strict=True) if stage not in ENDED}
+        """Seconds spent in each stage so far, all attempts together."""
+        marks = [(Stage.QUEUED, self.arrived), *self.entered, (self.stage, now)]
+        spent: dict[str, float] = {}
+        for (stage, start), (_, end) in itertools.pairwise(marks):
+            if stage not in ENDED:
+                spent[str(stage)] = spent.get(str(stage), 0.0) + end - start
         return spent | {"total": now - self.arrived}

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import msgspec
 
+from runtime.bounds import MAX_ID_CHARS, Guidance, Int63, Pixels, Prompt, SomeFrames, SomeSteps
 from runtime.errors import InvalidInput
 
 
@@ -23,7 +24,7 @@ class SamplingParams:
     num_inference_steps: int | None = None
     """Number of denoising steps."""
     guidance_scale: float | None = None
-    """Classifier-free guidance weight; 1 or less switches guidance off."""
+    """Guidance weight, 1 or less switches it off; guidance-distilled models take it as an input."""
     seed: int | None = None
     """Seed of the initial noise; unset draws one and reports it."""
     height: int | None = None
@@ -34,20 +35,23 @@ class SamplingParams:
     """Frames of video."""
     fps: int | None = None
     """Frames per second of the written video."""
+    true_cfg_scale: float | None = None
+    """Classifier-free guidance against the negative prompt in image models; 1 or less switches it off."""
 
 
 class ResolvedParams(msgspec.Struct, frozen=True, kw_only=True):
     """One generation, checked against the family and complete. Travels on the wire."""
 
-    prompt: str
-    negative_prompt: str
-    num_inference_steps: int
-    guidance_scale: float
-    seed: int
-    height: int
-    width: int
-    num_frames: int
-    fps: int
+    prompt: Prompt
+    negative_prompt: Prompt
+    num_inference_steps: SomeSteps
+    guidance_scale: Guidance
+    seed: Int63
+    height: Pixels
+    width: Pixels
+    num_frames: SomeFrames
+    fps: SomeSteps
+    true_cfg_scale: Guidance = 1.0
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
@@ -71,4 +75,6 @@ def check_terms(priority: int | None, timeout_s: float | None, key: str = "") ->
         raise InvalidInput("priority", f"{priority} is out of range; take -100 to 100 (higher goes first)")
     if timeout_s is not None and not 0 < timeout_s <= 7 * 86_400:
         raise InvalidInput("timeout", f"{timeout_s:g} s is out of range; take more than 0 and at most a week")
+    if len(key) > MAX_ID_CHARS:
+        raise InvalidInput("key", f"has {len(key)} characters; take a name of at most {MAX_ID_CHARS}")
     return Terms(key=key, priority=priority or 0, timeout_s=timeout_s)

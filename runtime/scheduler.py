@@ -6,6 +6,9 @@ of `plan(now)`, news for the gateways out of `take_news()`. The engine and the s
 Requests join and leave a running batch at step boundaries, each at its own timestep. Between API keys the share is
 fair; within a key the policy decides (runtime/fairness.py). Every item lasts about `item_seconds`, and whoever is first
 when it ends runs next: that is all there is to pre-emption.
+
+A request whose state is lost, with the worker group or with a failed item, goes back into the line and on from its
+checkpoint; under suspicion it runs alone, and what fails alone fails for good: that is all there is to recovery.
 """
 
 from __future__ import annotations
@@ -18,11 +21,14 @@ from itertools import chain, islice
 
 from runtime.batching import BatchLimits, batch_budget
 from runtime.cost import CostModel
-from runtime.fairness import FairShare, WaitingLine, order, turn
+from runtime.errands import Errands
+from runtime.fairness import FairShare, turn
+from runtime.gateways import Gateways
 from runtime.layout import Layout
 from runtime.memory import MemoryLedger
 from runtime.models.card import Card
-from runtime.predictions import Predictions
+from runtime.outlook import outlook
+from runtime.predictions import Predictions, item_size
 from runtime.protocol import (
     Cancelled,
     Completed,
@@ -32,31 +38,26 @@ from runtime.protocol import (
     Failed,
     Measurement,
     Progress,
-    Release,
     Request,
+    SavedState,
     WorkItem,
 )
+from runtime.queue import Queue
+from runtime.recovery import GUILTY_AFTER, SUSPECT_AFTER, LossLog
 from runtime.request import ACTIVE, ENDED, RequestRecord, Stage
 
 ITEM_SECONDS = 0.1
 """An item lasts about this long by prediction: the bound for cancel and for another request's turn."""
 MAX_ACTIVE = 64
 """Requests whose state the ranks hold at once, memory allowing."""
+ORPHAN_S = 30.0
+"""How long a request whose gateway is gone waits for another one to take it."""
+SAVE_S = 10.0
+"""How long a drain that ran out of time waits for the last checkpoints."""
+OUT_OF_MEMORY = "out_of_memory"
 
 News = Progress | Completed | Failed | Cancelled
 Waiting = dict[str, list[RequestRecord]]
-
-
-@dataclass
-class _Gateway:
-    endpoint: str
-    credits: int
-    limit: int
-    """Its credits when nothing is under way to it."""
-
-    def give_back(self, credits: int) -> None:
-        """Chunks that were consumed or that will never come. Some may be given back twice, so it ends at the limit."""
-        self.credits = min(self.credits + credits, self.limit)
 
 
 @dataclass
@@ -69,6 +70,10 @@ class Running:
     waiting: set[int]
     seconds: float = 0.0
     failure: tuple[str, str] | None = None
+    alone: bool = False
+    """No other item runs beside it."""
+    measured: bool = False
+    """The prediction comes from items of this very kind, shape and batch."""
 
 
 @dataclass
@@ -84,6 +89,13 @@ class Scheduler:
     item_seconds: float = ITEM_SECONDS
     weights: dict[str, float] = field(default_factory=dict)
     """Shares of the API keys; 1 for a key that is not here."""
+    checkpoint_every: int = 0
+    """Steps between two checkpoints of a request; 0: none."""
+    decode_on_all: bool = False
+    """Every decode runs on all ranks, each of which has a strip of every frame."""
+    found: dict[str, SavedState] = field(default_factory=dict)
+    """Checkpoints of an earlier life, by request."""
+    losses: LossLog = field(default_factory=LossLog)
     draining: bool = False
     ready: bool = False
     memory: MemoryLedger = field(init=False)
@@ -91,15 +103,16 @@ class Scheduler:
     running: dict[int, Running] = field(default_factory=dict)
     _requests: dict[str, RequestRecord] = field(default_factory=dict)
     _active: dict[str, RequestRecord] = field(default_factory=dict)
-    _lines: dict[str, WaitingLine] = field(default_factory=dict)
-    _joinable: dict[Hashable, dict[str, WaitingLine]] = field(default_factory=dict)
-    """The same requests by the batch that their first step could join."""
+    _queue: Queue = field(init=False)
     _fair: FairShare = field(init=False)
-    _heirs: dict[str, RequestRecord] = field(default_factory=dict)
-    """Requests that start again for another gateway as soon as the item that they are in is over."""
+    _gateways: Gateways = field(default_factory=Gateways)
     _deadlines: list[tuple[float, str]] = field(default_factory=list)
-    _gateways: dict[bytes, _Gateway] = field(default_factory=dict)
-    _releases: list[str] = field(default_factory=list)
+    _batch_caps: dict[Hashable, int] = field(default_factory=dict)
+    """Batches that ran out of memory, halved."""
+    _errands: Errands = field(default_factory=Errands)
+    _drain_until: float = math.inf
+    _time_up: bool = False
+    """The drain's time is over: no item is started any more."""
     _news: list[tuple[bytes, News]] = field(default_factory=list)
     _budget_changed: bool = False
     _groups: int = 0
@@ -108,48 +121,74 @@ class Scheduler:
     def __post_init__(self) -> None:
         self.memory = MemoryLedger(self.card)
         self.predictions = Predictions(self.cost, self.layout)
+        self._queue = Queue(self.policy)
         self._fair = FairShare(self.weights)
 
     # ---- events ----------------------------------------------------------------------------------------------
 
     def gateway_joined(self, gateway: bytes, endpoint: str, credits: int) -> None:
-        self._gateways[gateway] = _Gateway(endpoint, credits, credits)
+        self._gateways.join(gateway, endpoint, credits)
 
     def gateway_lost(self, gateway: bytes, now: float) -> None:
-        """Nobody is left to take the frames: its requests end."""
-        if self._gateways.pop(gateway, None) is not None:
-            for record in [r for r in self._requests.values() if self._heirs.get(r.id, r).gateway == gateway]:
-                self.cancel(record.id, "its gateway is gone", now)
+        """Its requests go on to the end of their denoising; what nobody takes over until then ends."""
+        if self._gateways.lose(gateway):
+            for record in [r for r in self._requests.values() if r.gateway == gateway]:
+                record.orphaned_until = now + ORPHAN_S
+                heapq.heappush(self._deadlines, (record.orphaned_until, record.id))
 
     def submit(self, gateway: bytes, requests: tuple[Request, ...], now: float) -> None:
         """Queue what arrived together. A known id changes nothing, unless it comes from another gateway."""
         self._groups += 1
         for request in requests:
-            record = RequestRecord(request, gateway, now, self._groups)
-            if request.id in self._requests:
-                self._take_over(record, now)
-            else:
-                self._take(record, now)
+            record = self._requests.get(request.id)
+            if record is None:
+                self._take(RequestRecord(request, gateway, now, self._groups, attempt=request.attempt), now)
+            elif gateway != record.gateway and gateway in self._gateways:
+                self._adopt(record, gateway, request.attempt, now)
 
     def cancel(self, request_id: str, reason: str, now: float) -> None:
         """Queued work ends now, running work when its item does."""
         record = self._requests.get(request_id)
         if record is None:
             return
-        self._heirs.get(request_id, record).cancel_reason = reason
-        if not record.running:
-            self._end(record, Stage.CANCELLED, Cancelled(record.id, reason), now)
+        record.cancel_reason = reason
+        self._settle(record, now)
 
-    def stored(self, request_id: str, now: float) -> None:
+    def stored(self, gateway: bytes, request_id: str, now: float) -> None:
         """The gateway has all the frames; it may say so before the rank says that it sent the last."""
         record = self._requests.get(request_id)
-        if record is not None and record.stage in {Stage.DECODE, Stage.DELIVER}:
+        if record is None or record.gateway != gateway:
+            return
+        if record.stage in {Stage.DECODE, Stage.DELIVER} or record.restarted:
             record.stored = True
-            self._end_if_stored(record, now)
+            self._settle(record, now)
 
     def granted(self, gateway: bytes, credits: int) -> None:
-        if gateway in self._gateways:
-            self._gateways[gateway].give_back(credits)
+        self._gateways.give_back(gateway, credits)
+
+    def checkpointed(self, request_id: str, saved: SavedState) -> None:
+        """A request's state is durable, whatever became of the rank that wrote it."""
+        self._errands.saved(request_id)
+        record = self._requests.get(request_id)
+        if record is not None and saved.step > record.resume_step:
+            record.saved = saved
+
+    def checkpoint_failed(self, request_id: str) -> None:
+        """The request goes on with the checkpoint that it has, or with none."""
+        self._errands.saved(request_id)
+
+    def drain(self, timeout_s: float | None, now: float) -> None:
+        """Take no new work; after the timeout start no item any more either, and save what has not ended."""
+        self.draining = True
+        if timeout_s is not None:
+            self._drain_until = min(self._drain_until, now + timeout_s)
+
+    def drained(self, now: float) -> bool:
+        """Nothing is left, or the time is up and what is left was saved."""
+        if not self.draining or self.running:
+            return False
+        saved = not self._errands.saving or now >= self._drain_until + SAVE_S
+        return not self._requests or (self._time_up and saved)
 
     def completed(self, rank: int, seq: int, seconds: float, now: float) -> None:
         """A rank is done with an item; the item is over when all its ranks are."""
@@ -180,17 +219,34 @@ class Scheduler:
         self.memory.budget = memory_budget
         self._budget_changed = True
 
-    def group_lost(self, reason: str, now: float) -> None:
-        """The ranks and every state they held are gone. What was active fails; what was queued waits."""
+    def group_lost(self, reason: str, now: float, culprit: tuple[int, str] | None = None) -> None:
+        """The ranks and every state they held are gone: whatever was active goes back into the line.
+
+        `culprit` is the item, with its error's code, that broke the group, if one is known to.
+        """
+        lost = list(self.running.values())
         self.ready = False
         self.running.clear()
-        self._releases.clear()
-        for gateway in self._gateways.values():
-            # What was under way has arrived, or died with its rank.
-            gateway.credits = gateway.limit
-        for record in list(self._active.values()):
+        self._errands.group_lost()
+        self._gateways.refill()
+        for record in self._active.values():
             record.running = False
-            self._fail(record, "worker_lost", f"{reason} in {self._where(record)}", now)
+        if culprit is not None and culprit[1] == OUT_OF_MEMORY:
+            self.losses.total += 1
+            for running in (r for r in lost if r.item.seq == culprit[0]):
+                self._item_failed(running.item, list(self._records_of(running.item)), OUT_OF_MEMORY, reason, now)
+        else:
+            loss = self.losses.note(now)
+            for record in (record for running in lost for record in self._records_of(running.item)):
+                record.losses.append(loss)
+        for record in list(self._active.values()):
+            if len(record.losses) >= GUILTY_AFTER and not self._is_over(record):
+                self.losses.explain(record.losses)
+                times = f"it ran while the workers died {len(record.losses)} times, the last time alone"
+                self._fail(record, "worker_lost", f"{reason} in {self._where(record)}; {times}", now)
+            else:
+                record.alone = record.alone or len(record.losses) >= SUSPECT_AFTER
+                self._restart(record, now)
 
     # ---- decisions -------------------------------------------------------------------------------------------
 
@@ -198,24 +254,30 @@ class Scheduler:
         """Items to start now, in the one global order."""
         self._expire(now)
         self._refuse_too_large(now)
+        self._save_at_the_end(now)
         items: list[WorkItem] = []
-        if self._releases:
-            items.append(Release(self._next_seq(), self._all_ranks(), tuple(self._releases)))
-            self._releases.clear()
+        if self.ready:
+            items += self._errands.items(self._active, self._all_ranks(), self._next_seq)
         # A rank waits for the others of its last item: whether that one failed decides what comes next.
         busy = {rank for running in self.running.values() for rank in running.item.ranks}
         free = [rank for rank in self._all_ranks() if rank not in busy]
-        waiting = self._waiting(now) if self.ready and free else {}
+        stand_still = self._time_up or any(running.alone for running in self.running.values())
+        waiting = self._waiting(now) if self.ready and free and not stand_still else {}
         while waiting and free and (item := self._next_item(waiting, free, now)) is not None:
-            predicted = self.predictions.seconds(item, next(self._records_of(item)).request.params)
-            self._charge(item, predicted)
-            self.running[item.seq] = Running(item, now, predicted, set(item.ranks))
+            records = list(self._records_of(item))
+            predicted = self.predictions.seconds(item, records[0].request.params)
+            self._charge(records, predicted * len(item.ranks))
+            alone, params = records[0].alone, records[0].request.params
+            measured = self.predictions.measured(item, params)
+            self.running[item.seq] = Running(item, now, predicted, set(item.ranks), alone=alone, measured=measured)
+            items.append(item)
+            if alone:
+                break
             free = [rank for rank in free if rank not in item.ranks]
-            for key in {record.key for record in self._records_of(item)} & waiting.keys():
+            for key in {record.key for record in records} & waiting.keys():
                 waiting[key] = [record for record in waiting[key] if not record.running]
                 if not waiting[key]:
                     del waiting[key]
-            items.append(item)
         return items
 
     def take_news(self) -> list[tuple[bytes, News]]:
@@ -234,24 +296,32 @@ class Scheduler:
 
     def next_deadline(self) -> float | None:
         """When `plan` has to be called at the latest though nothing happened."""
-        return self._deadlines[0][0] if self._deadlines else None
+        times = [at for at, _ in self._deadlines[:1]]
+        if math.isfinite(self._drain_until) and not self._time_up:
+            times.append(self._drain_until)
+        return min(times, default=None)
+
+    def outlook(self, record: RequestRecord) -> tuple[int, float]:
+        """(place in its key's line, predicted seconds until its last frame if nothing else arrives)."""
+        return outlook(record, self._active.values(), self._queue, self.predictions, self.limits)
 
     def _next_item(self, waiting: Waiting, free: list[int], now: float) -> Encode | Denoise | Decode | None:
         self._fair.wait(set(waiting))
         admitting = True
         for record in self._in_turn(waiting):
             item: Encode | Denoise | Decode | None = None
+            if record.stage is Stage.QUEUED and not (admitting and self._has_room(record)):
+                # Whoever finds no room holds the door shut behind itself, or it would wait for ever.
+                admitting = False
+                continue
+            on_all = record.alone or record.stage is not Stage.DECODE or self.decode_on_all
+            if on_all and len(free) < self.layout.num_ranks:
+                # The whole mesh is due for this one: work for a single free rank would keep it waiting.
+                return None
             if record.stage is Stage.DECODE:
                 item = self._plan_decode(record, free)
                 if item is None:
                     continue
-            elif record.stage is Stage.QUEUED and not (admitting and self._has_room(record)):
-                # Whoever finds no room holds the door shut behind itself, or it would wait for ever.
-                admitting = False
-                continue
-            elif len(free) < self.layout.num_ranks:
-                # The whole mesh is due for this one: work for a single free rank would keep it waiting.
-                return None
             elif record.stage is Stage.QUEUED:
                 item = self._plan_encode(record, now)
             else:
@@ -266,8 +336,8 @@ class Scheduler:
         for record in self._active.values():
             if not record.running and self._wants_ranks(record):
                 waiting.setdefault(record.key, []).append(record)
-        for key, line in self._lines.items():
-            waiting.setdefault(key, []).append(line.first(now))
+        for record in self._queue.firsts(now):
+            waiting.setdefault(record.key, []).append(record)
         for records in waiting.values():
             if len(records) > 1:
                 records.sort(key=lambda record: turn(record, self.policy, now))
@@ -275,7 +345,7 @@ class Scheduler:
 
     def _wants_ranks(self, record: RequestRecord) -> bool:
         if record.stage is Stage.DECODE:
-            return self._gateways[record.gateway].credits > 0
+            return self._gateways.credits(record.gateway) > 0
         return record.stage is not Stage.DELIVER
 
     def _in_turn(self, waiting: Waiting) -> Iterator[RequestRecord]:
@@ -291,20 +361,22 @@ class Scheduler:
 
     def _plan_encode(self, first: RequestRecord, now: float) -> Encode:
         """The first in line, with what was submitted together with it."""
-        group = (record for record in self._lines[first.key] if record.group == first.group and record is not first)
+        group = (
+            record for record in self._queue.line(first.key) if record.group == first.group and record is not first
+        )
         return self._encode(chain([first], group), self.max_active, now)
 
     def _plan_denoise(self, first: RequestRecord, waiting: Waiting, admitting: bool, now: float) -> Encode | Denoise:
         """A batch around the first; whoever could join it from the line is encoded before, if the door is open."""
         params = first.request.params
         key = self.card.batch_key(params, first.step)
-        budget = batch_budget(self.cost, self.limits, params, self.layout)
+        budget = self._batch_budget(first, key)
         batch = [first]
         if budget > 1:
             keys = self._sharing(first, key, waiting)
             shared = [r for k in keys for r in waiting[k] if r is not first and self._fits(r, key)]
             batch += [r for r in shared if r.stage is Stage.DENOISE][: budget - 1]
-            lines = self._joinable.get(key, {})
+            lines = self._queue.joinable(key)
             keys = [k for k in keys if k in lines]
             joining = next((r for k in keys for r in lines[k]), None) if admitting and len(batch) < budget else None
             if joining is not None and self._has_room(joining):
@@ -315,7 +387,15 @@ class Scheduler:
             record.running = True
         return Denoise(self._next_seq(), self._all_ranks(), self.layout, tuple(r.id for r in batch), steps)
 
+    def _batch_budget(self, first: RequestRecord, key: Hashable) -> int:
+        if first.alone:
+            return 1
+        budget = batch_budget(self.cost, self.limits, first.request.params, self.layout)
+        return min(budget, self._batch_caps.get(key, budget))
+
     def _fits(self, record: RequestRecord, key: Hashable) -> bool:
+        if record.alone:
+            return False
         if record.stage is Stage.DENOISE:
             return self.card.batch_key(record.request.params, record.step) == key
         return record.stage is Stage.QUEUED and record.batch_key == key
@@ -334,27 +414,31 @@ class Scheduler:
         """From the line into the ranks' memory, as many as find room and an item lasts; the first of them does."""
         first, *others = islice(candidates, min(most, self.max_active))
         most = self._units(self.cost.predict("encode", first.request.params, self.layout), most)
-        entered: list[Request] = []
+        entered: list[RequestRecord] = []
         for record in [first, *others]:
             if len(entered) < most and self._has_room(record):
-                self._leave_line(record)
+                self._queue.remove(record)
                 self._active[record.id] = record
                 self.memory.enter(record)
                 record.move(Stage.ENCODE, now)
                 record.running = True
                 self._report(record)
-                entered.append(record.request)
-        return Encode(self._next_seq(), self._all_ranks(), tuple(entered))
+                entered.append(record)
+        resume = {record.id: record.saved for record in entered if record.saved is not None}
+        return Encode(self._next_seq(), self._all_ranks(), tuple(record.request for record in entered), resume)
 
     def _plan_decode(self, record: RequestRecord, free: list[int]) -> Decode | None:
-        """The next chunks, on the rank where the decode is open, or on a free one with room for it."""
-        gateway = self._gateways[record.gateway]
-        if gateway.credits < 1:
+        """The next chunks, on the rank where the decode is open, or on a free one with room for it.
+
+        A decode on all ranks is booked on the first: no other holds more.
+        """
+        credits = self._gateways.credits(record.gateway)
+        if credits < 1:
             return None
         if record.decode_rank is None:
             # If the rank with the most room has too little, every other has.
-            rank = min(free, key=self.memory.held)
-            if self.memory.budget is None:
+            rank = free[0] if self.decode_on_all else min(free, key=self.memory.held)
+            if self.memory.budget is None and not self.decode_on_all:
                 rank = next((r for r in free if self.memory.may_open_decode(record, r)), rank)
             if not self.memory.may_open_decode(record, rank):
                 return None
@@ -362,32 +446,46 @@ class Scheduler:
             self.memory.open_decode(record, rank)
         elif record.decode_rank not in free:
             return None
-        seconds = self.cost.predict("decode", record.request.params, self.layout)
         # The first chunk goes alone, so that the first frame does not wait for its neighbours.
-        chunks = 1 if record.chunk == 0 else self._units(seconds, record.total_chunks - record.chunk)
-        chunks = min(chunks, gateway.credits)
-        gateway.credits -= chunks
+        chunks = 1
+        if record.chunk > 0:
+            seconds = self.cost.predict("decode", record.request.params, self.layout)
+            chunks = min(self._units(seconds, record.total_chunks - record.chunk), credits)
+        self._gateways.spend(record.gateway, chunks)
         record.running = True
-        return Decode(self._next_seq(), (record.decode_rank,), record.id, chunks, gateway.endpoint)
+        ranks = self._all_ranks() if self.decode_on_all else (record.decode_rank,)
+        endpoint = self._gateways.endpoint(record.gateway)
+        return Decode(self._next_seq(), ranks, record.id, chunks, endpoint, record.chunk, record.attempt)
 
     def _units(self, seconds: float, left: int) -> int:
         return max(1, min(left, round(self.item_seconds / seconds)))
 
-    def _charge(self, item: Encode | Denoise | Decode, seconds: float) -> None:
-        """Book the item's predicted rank-seconds on its requests' keys."""
-        records = list(self._records_of(item))
+    def _save_at_the_end(self, now: float) -> None:
+        """A drain whose time is up writes what it cannot finish."""
+        self._time_up = now >= self._drain_until
+        if self._time_up and self.checkpoint_every and not self.running:
+            for record in self._active.values():
+                if record.stage is Stage.DENOISE and record.step > record.saved_upto:
+                    self._errands.save(record.id)
+
+    def _charge(self, records: list[RequestRecord], rank_seconds: float) -> None:
+        """Book an item's predicted rank-seconds on its requests' keys."""
         for record in records:
-            self._fair.charge(record.key, seconds * len(item.ranks) / len(records))
+            self._fair.charge(record.key, rank_seconds / len(records))
 
     def _expire(self, now: float) -> None:
-        """Requests past their timeout end, running ones when their item does."""
+        """Requests past their time end, running ones when their item does."""
         while self._deadlines and self._deadlines[0][0] <= now:
             _, request_id = heapq.heappop(self._deadlines)
             record = self._requests.get(request_id)
             # The id may have ended and started again since.
-            if record is not None and record.deadline <= now and record.cancel_reason is None:
+            if record is None or record.cancel_reason is not None:
+                continue
+            if record.deadline <= now:
                 timeout = record.request.timeout_s
                 self.cancel(request_id, f"its timeout of {timeout:g} s passed in {self._where(record)}", now)
+            elif record.orphaned_until <= now:
+                self.cancel(request_id, "its gateway is gone", now)
 
     def _refuse_too_large(self, now: float) -> None:
         """What was taken before the ranks told their budget, and does not fit it, would wait for ever."""
@@ -405,32 +503,52 @@ class Scheduler:
         """A new request: into its key's line, or refused."""
         self._requests[record.id] = record
         record.total_chunks = len(self.card.decode_chunks(record.request.params))
-        record.batch_key = self.card.batch_key(record.request.params, 0)
-        record.remaining_s = self.predictions.remaining(record)
+        record.saved = self.found.pop(record.id, None)
+        record.step = record.saved_upto = record.resume_step
         self.memory.measure(record)
-        if record.cancel_reason is not None:
-            self._end(record, Stage.CANCELLED, Cancelled(record.id, record.cancel_reason), now)
-            return
         refusal = self._refusal(record)
         if refusal is not None:
             self._fail(record, *refusal, now)
             return
         if record.request.timeout_s is not None:
             heapq.heappush(self._deadlines, (record.deadline, record.id))
-        self._lines.setdefault(record.key, WaitingLine(self.policy)).add(record)
-        self._joinable.setdefault(record.batch_key, {}).setdefault(record.key, WaitingLine(self.policy)).add(record)
+        self._line_up(record)
+
+    def _line_up(self, record: RequestRecord) -> None:
+        can_join = not record.alone and record.step < record.total_steps
+        record.batch_key = self.card.batch_key(record.request.params, record.step) if can_join else None
+        record.remaining_s = self.predictions.remaining(record)
+        self._queue.add(record)
         self._report(record)
 
-    def _take_over(self, heir: RequestRecord, now: float) -> None:
-        """A gateway that was started anew hands in the jobs that it still owes: what runs for the old one ends unheard
-        and starts again. From the same gateway, or from one that was given up, it is the same request again."""
-        record = self._requests[heir.id]
-        if heir.gateway == self._heirs.get(heir.id, record).gateway or heir.gateway not in self._gateways:
+    def _adopt(self, record: RequestRecord, gateway: bytes, attempt: int, now: float) -> None:
+        """A gateway that was started anew hands in what it still owes: it goes on where it is, and its frames are made
+        again from the first on."""
+        record.gateway = gateway
+        record.orphaned_until = math.inf
+        record.cancel_reason, record.stored = None, False
+        record.attempt = max(record.attempt, attempt) + 1
+        if record.stage is Stage.DELIVER:
+            record.move(Stage.DECODE, now)
+            record.decode_rank = None
+        if record.stage is Stage.DECODE:
+            record.chunk = 0
+            record.remaining_s = self.predictions.remaining(record)
+        self._report(record)
+
+    def _restart(self, record: RequestRecord, now: float) -> None:
+        """Its state is lost: on from its checkpoint, unless it is over anyway."""
+        if self._is_over(record):
+            self._settle(record, now)
             return
-        self._heirs[heir.id] = heir
-        record.cancel_reason = "another gateway took it over"
-        if not record.running:
-            self._end(record, Stage.CANCELLED, Cancelled(record.id, record.cancel_reason), now)
+        self._leave_ranks(record)
+        if self.ready:
+            self._errands.starts_again(record.id)
+        record.restart(now)
+        # What was submitted with it is not encoded with it again.
+        self._groups += 1
+        record.group = self._groups
+        self._line_up(record)
 
     def _refusal(self, record: RequestRecord) -> tuple[str, str] | None:
         """(code, reason) for what cannot be taken."""
@@ -441,42 +559,59 @@ class Scheduler:
         too_large = self.memory.refusal(record)
         return ("out_of_memory", too_large) if too_large is not None else None
 
-    def _leave_line(self, record: RequestRecord) -> None:
-        joinable = self._joinable[record.batch_key]
-        for lines in (self._lines, joinable):
-            lines[record.key].remove(record)
-            if not len(lines[record.key]):
-                del lines[record.key]
-        if not joinable:
-            del self._joinable[record.batch_key]
-
     def _finish(self, running: Running, now: float) -> None:
         item = running.item
         records = list(self._records_of(item))
-        if running.failure is None and records:
-            self.predictions.observe(item, records[0].request.params, running.seconds)
         for record in records:
             record.running = False
-            if running.failure is not None:
-                if isinstance(item, Decode) and record.gateway in self._gateways:
-                    self._gateways[record.gateway].give_back(item.chunks)
-                self._fail(record, *running.failure, now)
-            elif record.cancel_reason is not None:
-                self._end(record, Stage.CANCELLED, Cancelled(record.id, record.cancel_reason), now)
-            else:
-                self._advance(record, item, now)
+        if running.failure is not None:
+            if isinstance(item, Decode):
+                self._gateways.give_back(records[0].gateway, item.chunks)
+            self._item_failed(item, records, *running.failure, now)
+            return
+        self.predictions.observe(item, records[0].request.params, running.seconds)
+        for record in records:
+            self._advance(record, item, now)
+            if not self._settle(record, now):
                 self._report(record)
-                self._end_if_stored(record, now)
+
+    def _item_failed(
+        self, item: Encode | Denoise | Decode, records: list[RequestRecord], code: str, reason: str, now: float
+    ) -> None:
+        """Its states may be half done: they start again, in smaller company; what fails alone fails."""
+        blame = len(records) == 1
+        if code == "checkpoint_unusable":
+            blame = False
+            for record in records:
+                record.saved = None
+        elif code == OUT_OF_MEMORY and isinstance(item, Denoise) and len(records) > 1:
+            self._batch_caps[self.card.batch_key(records[0].request.params, records[0].step)] = len(records) // 2
+        elif len(records) > 1 or (code == OUT_OF_MEMORY and len(self._active) > 1 and not records[0].alone):
+            # Beside the states of others it may have been the last straw.
+            blame = False
+            for record in records:
+                record.alone = True
+        for record in records:
+            if blame and not self._is_over(record):
+                advice = f"; {self.memory.advice(record, item_size(item)[0])}" if code == OUT_OF_MEMORY else ""
+                self._fail(record, code, reason + advice, now)
+            else:
+                self._restart(record, now)
 
     def _advance(self, record: RequestRecord, item: Encode | Denoise | Decode, now: float) -> None:
         match item:
             case Encode():
-                record.move(Stage.DENOISE, now)
+                record.step = item.resume[record.id].step if record.id in item.resume else 0
+                record.move(Stage.DENOISE if record.step < record.total_steps else Stage.DECODE, now)
             case Denoise():
                 record.step += item.steps
-                if record.step == record.total_steps:
+                done = record.step == record.total_steps
+                if self.checkpoint_every and (done or record.step - record.saved_upto >= self.checkpoint_every):
+                    self._errands.save(record.id)
+                if done:
                     record.move(Stage.DECODE, now)
-            case Decode():
+            # Chunks that went to a gateway that is gone count for nothing.
+            case Decode() if item.attempt == record.attempt:
                 record.chunk += item.chunks
                 if record.chunk == record.total_chunks:
                     self.memory.close_decode(record)
@@ -493,29 +628,37 @@ class Scheduler:
                 ids = (item.request_id,)
         return (self._requests[request_id] for request_id in ids if request_id in self._requests)
 
-    def _end_if_stored(self, record: RequestRecord, now: float) -> None:
-        if record.stored and record.stage is Stage.DELIVER:
+    def _is_over(self, record: RequestRecord) -> bool:
+        return record.stored or record.cancel_reason is not None
+
+    def _settle(self, record: RequestRecord, now: float) -> bool:
+        """End a request that is stored or cancelled, unless it is in an item."""
+        if record.running or not self._is_over(record):
+            return False
+        if record.stored:
             self._end(record, Stage.COMPLETED, Completed(record.id, record.timings(now)), now)
+        else:
+            self._end(record, Stage.CANCELLED, Cancelled(record.id, record.cancel_reason or ""), now)
+        return True
 
     def _fail(self, record: RequestRecord, code: str, reason: str, now: float) -> None:
         self._end(record, Stage.FAILED, Failed(record.id, code, reason), now)
 
     def _end(self, record: RequestRecord, stage: Stage, news: News, now: float) -> None:
         assert stage in ENDED
-        if record.key in self._lines and record in self._lines[record.key]:
-            self._leave_line(record)
+        if record in self._queue:
+            self._queue.remove(record)
+        if record.stage in ACTIVE or record.saved is not None:
+            self._errands.ended(record.id)
         if record.stage in ACTIVE:
-            del self._active[record.id]
-            self.memory.leave(record)
-            if self.ready:
-                self._releases.append(record.id)
+            self._leave_ranks(record)
         record.move(stage, now)
         del self._requests[record.id]
-        heir = self._heirs.pop(record.id, None)
-        if heir is None:
-            self._news.append((record.gateway, news))
-        else:
-            self._take(heir, now)
+        self._news.append((record.gateway, news))
+
+    def _leave_ranks(self, record: RequestRecord) -> None:
+        del self._active[record.id]
+        self.memory.leave(record)
 
     def _report(self, record: RequestRecord) -> None:
         done, total = record.step, record.total_steps
@@ -523,30 +666,6 @@ class Scheduler:
             done, total = record.chunk, record.total_chunks
         position, eta = self.outlook(record)
         self._news.append((record.gateway, Progress(record.id, str(record.stage), done, total, eta, position)))
-
-    def _stretch(self, record: RequestRecord, wanted: int, budget: int) -> float:
-        """How many times longer a step takes when so many want to share it than alone."""
-        params = record.request.params
-        batch = min(wanted, budget)
-        alone = self.cost.predict("denoise", params, self.layout)
-        return self.cost.predict("denoise", params, self.layout, batch) / alone * wanted / batch
-
-    def outlook(self, record: RequestRecord) -> tuple[int, float]:
-        """(place in its key's line, predicted seconds until its last frame if nothing else arrives)."""
-        mine = order(record, self.policy)
-        queued = record.stage is Stage.QUEUED
-        others = [r for r in self._active.values() if r is not record]
-        # Whoever shares its forwards makes them slower, but does not run before it.
-        budget = batch_budget(self.cost, self.limits, record.request.params, self.layout)
-        alike = (r for r in others if r.batch_key == record.batch_key and r.stage in {Stage.ENCODE, Stage.DENOISE})
-        mates = {r.id for r in alike} if budget > 1 else set()
-        rivals = (r for r in others if r.id not in mates and (queued or order(r, self.policy) < mine))
-        eta = record.remaining_s * self._stretch(record, 1 + len(mates), budget) + sum(r.remaining_s for r in rivals)
-        if not queued:
-            return 0, eta
-        position, before_s = self._lines[record.key].ahead_of(record)
-        # The other keys' lines take their turns in between.
-        return position, eta + before_s * len(self._lines)
 
     def _where(self, record: RequestRecord) -> str:
         if record.stage is Stage.DENOISE:

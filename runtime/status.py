@@ -54,7 +54,8 @@ class StepTimes:
 
     @property
     def latest(self) -> tuple[StepTime, ...]:
-        return tuple(self._latest[kind] for kind in ("encode", "denoise", "decode") if kind in self._latest)
+        kinds = ("encode", "denoise", "first_decode", "decode")
+        return tuple(self._latest[kind] for kind in kinds if kind in self._latest)
 
 
 def take_status(
@@ -133,7 +134,7 @@ def _doing(rank: int, running: Running) -> str:
         case Denoise():
             return f"{kind} x{batch}, {_count(units, 'step')}"
         case Decode():
-            return f"{kind}, {_count(units, 'chunk')}"
+            return f"decode, {_count(units, 'chunk')}"
 
 
 def _jobs(scheduler: Scheduler, prefix: str, now: float) -> tuple[JobStatus, ...]:

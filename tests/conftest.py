@@ -1,6 +1,9 @@
-"""Shared by all tests: one real 2-rank mesh per session, since a start costs eight seconds."""
+"""Shared by all tests: one real 2-rank mesh per session (a start costs eight seconds), and gateways over a fake one."""
 
 import os
+import shutil
+import tempfile
+from pathlib import Path
 
 import pytest
 
@@ -15,3 +18,67 @@ def mesh():
 
     with Generator.from_pretrained("demo", num_gpus=2) as generator:
         yield generator
+
+
+@pytest.fixture
+def sockets():
+    """Paths of Unix sockets are short; pytest's folders are not."""
+    folder = Path(tempfile.mkdtemp(prefix="fm"))
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def fake(sockets):
+    from fake_mesh import FakeMesh
+
+    fake = FakeMesh(sockets)
+    yield fake
+    fake.close()
+
+
+@pytest.fixture
+def start(fake, tmp_path):
+    """A function that starts a gateway over the fake mesh; all of one test share the output folder."""
+    from served import Gateway
+
+    running = []
+
+    def start(**changes):
+        running.append(Gateway(fake, tmp_path, **changes))
+        return running[-1]
+
+    yield start
+    for gateway in running:
+        gateway.close()
+
+
+@pytest.fixture
+def gateway(start):
+    return start()
+
+
+@pytest.fixture
+def short_tmp(monkeypatch):
+    """A temporary folder of our own with a path short enough for sockets."""
+    folder = Path(tempfile.mkdtemp(prefix="fm"))
+    monkeypatch.setenv("TMPDIR", str(folder))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    yield folder
+    shutil.rmtree(folder)
+
+
+@pytest.fixture
+def serve(tmp_path, short_tmp):
+    """A function that starts `framemesh serve`; all of one test share the output folder. Leaves no run folder."""
+    from served import ServerProcess
+
+    started = []
+
+    def serve(*flags):
+        started.append(ServerProcess(tmp_path / "server", *flags))
+        return started[-1]
+
+    yield serve
+    for server in started:
+        server.kill()

@@ -1,13 +1,17 @@
-"""A scheduler and a worker in one thread, without a model: the real protocol over real sockets, frames that move."""
+"""A scheduler and a worker in one thread, without a model: the real protocol over real sockets, frames that move.
+
+It can be restarted under a new epoch, lose its worker and resume what ran, drain, and give up, as the real one does.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import msgspec
 import numpy as np
 
 from runtime.errors import PeerGone
@@ -17,6 +21,7 @@ from runtime.protocol import (
     Cancel,
     Cancelled,
     Completed,
+    Drain,
     Failed,
     FramesChunk,
     FromScheduler,
@@ -28,6 +33,7 @@ from runtime.protocol import (
     Request,
     Stored,
     Submit,
+    SupervisorHello,
     TokenizerExport,
     ToScheduler,
     Welcome,
@@ -37,6 +43,9 @@ from runtime.wire import Channel, incarnation
 
 MODEL_FOLDER = Path(__file__).parent.parent / "workers" / "demo" / "model"
 EPOCH = 4711
+BEAT_S = 1.0
+"""Every gateway is written to at least so often."""
+HELLOS = GatewayHello | SupervisorHello
 
 
 def demo_model() -> ModelInfo:
@@ -90,6 +99,19 @@ class FakeMesh:
     failures: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Mark -> (code, reason): what happens to the requests that come to it."""
     credits: int = 0
+    most_credits: int = 0
+    """A gateway that gives back more than it took exceeds what it granted first."""
+    chunks: list[tuple[str, int, int]] = field(default_factory=list)
+    """(request, attempt, first frame) of every chunk that was sent."""
+    repeats: list[str] = field(default_factory=list)
+    """Requests of which the next chunk is sent twice."""
+    epoch: int = EPOCH
+    beats: bool = True
+    stale: int = 0
+    draining: bool = False
+    gave_up: str = ""
+    hellos: list[int] = field(default_factory=list)
+    """The epoch in which each gateway's hello came."""
 
     def __post_init__(self) -> None:
         self.model = demo_model()
@@ -99,10 +121,15 @@ class FakeMesh:
         self._frames: dict[str, Channel[FramesChunk, ToScheduler]] = {}
         self._ended = threading.Event()
         self._announce = threading.Event()
-        self._channel: Channel[FromScheduler, ToScheduler] = Channel.bind(self.endpoint, ToScheduler)
-        self._channel.set_epoch(EPOCH)
+        self._orders: list[Callable[[], None]] = []
+        self._beaten = 0.0
+        self._bind()
         self._thread = threading.Thread(target=self._loop, name="fake mesh")
         self._thread.start()
+
+    def _bind(self) -> None:
+        self._channel: Channel[FromScheduler, ToScheduler] | None = Channel.bind(self.endpoint, ToScheduler)
+        self._channel.set_epoch(self.epoch)
 
     @property
     def endpoint(self) -> str:
@@ -120,6 +147,60 @@ class FakeMesh:
         self.ready = True
         self._announce.set()
 
+    def drain(self) -> None:
+        self._order(self._drain)
+
+    def give_up(self, reason: str) -> None:
+        self.gave_up = reason
+        self._announce.set()
+
+    def die(self) -> None:
+        """As kill -9 of the scheduler: nothing is remembered, nobody is told."""
+        self._order(self._die)
+
+    def come_back(self) -> None:
+        """A scheduler at the same endpoint, under a new epoch. Its worker starts from scratch."""
+        self._order(self._come_back)
+
+    def restart(self) -> None:
+        self.die()
+        self.come_back()
+
+    def lose_worker(self) -> None:
+        """What ran starts again with the next attempt; its frames come again from the first on."""
+        self._order(self._lose_worker)
+
+    def _order(self, work: Callable[[], None]) -> None:
+        """Have the loop do it, and wait until it has."""
+        done = threading.Event()
+        self._orders.append(lambda: (work(), done.set()))
+        assert done.wait(5)
+
+    def _die(self) -> None:
+        assert self._channel is not None
+        self._channel.close()
+        self._channel = None
+        self._running.clear()
+        self._gateways.clear()
+
+    def _come_back(self) -> None:
+        self.epoch += 1
+        self.credits = 0
+        self._bind()
+
+    def _lose_worker(self) -> None:
+        for running in self._running.values():
+            self._start_again(running, running.gateway)
+
+    def _start_again(self, running: _Running, gateway: bytes) -> None:
+        running.request = msgspec.structs.replace(running.request, attempt=running.request.attempt + 1)
+        running.gateway, running.mark = gateway, ""
+        running.life = self._live(running)
+
+    def _drain(self) -> None:
+        self.draining = True
+        self._announce.set()
+
     def wait_for(self, mark: str, timeout_s: float = 5.0) -> str:
         """The id of a request that is held at a mark."""
         until = time.monotonic() + timeout_s
@@ -133,10 +214,10 @@ class FakeMesh:
     def _loop(self) -> None:
         try:
             while not self._ended.is_set():
-                received = self._channel.receive(0.001 if any(map(self._may_go_on, self._running.values())) else 0.02)
-                while received is not None:
-                    self._hear(received.sender, received.epoch, received.message)
-                    received = self._channel.receive(0)
+                while self._orders:
+                    self._orders.pop(0)()
+                self._receive(0.001 if any(map(self._may_go_on, self._running.values())) else 0.02)
+                self._beat()
                 if self._announce.is_set():
                     self._announce.clear()
                     for gateway in list(self._gateways):
@@ -144,22 +225,44 @@ class FakeMesh:
                 for running in list(self._running.values()):
                     self._advance(running)
         finally:
-            for channel in [self._channel, *self._frames.values()]:
+            for channel in filter(None, [self._channel, *self._frames.values()]):
                 channel.close()
 
+    def _receive(self, patience_s: float) -> None:
+        if self._channel is None:
+            time.sleep(patience_s)
+            return
+        received = self._channel.receive(patience_s)
+        while received is not None:
+            self._hear(received.sender, received.epoch, received.message)
+            received = self._channel.receive(0)
+
+    def _beat(self) -> None:
+        if self.beats and time.monotonic() - self._beaten > BEAT_S:
+            self._beaten = time.monotonic()
+            for gateway in list(self._gateways):
+                self._tell(gateway, Welcome(self.epoch))
+
     def _hear(self, sender: bytes, epoch: int, message: ToScheduler) -> None:
-        assert epoch == EPOCH or isinstance(message, GatewayHello), message
+        if epoch != self.epoch and not isinstance(message, HELLOS):
+            self.stale += 1
+            self._tell(sender, Welcome(self.epoch))
+            return
         match message:
             case GatewayHello():
+                self.hellos.append(self.epoch)
+                if sender not in self._gateways:
+                    self.credits = message.credits
                 self._gateways[sender] = message.frames_endpoint
-                self.credits = message.credits
-                self._tell(sender, Welcome(EPOCH))
+                self._tell(sender, Welcome(self.epoch))
                 self._tell(sender, self._state())
             case Submit():
                 self.batches.append(len(message.requests))
                 for request in message.requests:
                     self.submitted.append(request)
-                    self._running[request.id] = _Running(request, sender, self._live(request, sender))
+                    self._take(request, sender)
+            case Drain():
+                self._drain()
             case Cancel():
                 self.cancelled.append(message.request_id)
                 running = self._running.pop(message.request_id, None)
@@ -170,16 +273,32 @@ class FakeMesh:
                 self._running[message.request_id].stored = True
             case Grant():
                 self.credits += message.credits
+                self.most_credits = max(self.most_credits, self.credits)
+
+    def _take(self, request: Request, gateway: bytes) -> None:
+        """A request that runs already goes on for the gateway that asks for it now."""
+        running = self._running.get(request.id)
+        if running is None and self.draining:
+            self._tell(gateway, Failed(request.id, "draining", "the server is shutting down and takes no new work"))
+        elif running is None:
+            running = self._running[request.id] = _Running(request, gateway, iter(()))
+            running.life = self._live(running)
+        elif running.gateway != gateway:
+            self._start_again(running, gateway)
 
     def _tell(self, gateway: bytes, message: FromScheduler) -> None:
-        """A gateway that is gone takes its requests with it."""
+        """The requests of a gateway that is gone wait for one that adopts them."""
         try:
+            assert self._channel is not None
             self._channel.send(message, to=gateway)
         except PeerGone:
             self._gateways.pop(gateway, None)
-            self._running = {name: run for name, run in self._running.items() if run.gateway != gateway}
 
     def _state(self) -> MeshState:
+        if self.gave_up:
+            return MeshState(False, self.gave_up, 0, 2, self.model, gave_up=True)
+        if self.draining:
+            return MeshState(False, "draining", 2, 2, self.model, draining=True)
         if not self.ready:
             return MeshState(False, "the workers are starting", 1, 2)
         return MeshState(True, "ready", 2, 2, self.model)
@@ -197,7 +316,8 @@ class FakeMesh:
         if running.mark in {"end", *self.failures}:
             self._running.pop(running.request.id, None)
 
-    def _live(self, request: Request, gateway: bytes) -> Iterator[str]:
+    def _live(self, running: _Running) -> Iterator[str]:
+        request, gateway = running.request, running.gateway
         steps, chunks = request.params.num_inference_steps, self.card.decode_chunks(request.params)
 
         def tell(stage: str, step: int, total: int, eta_s: float, position: int = 0) -> None:
@@ -218,6 +338,10 @@ class FakeMesh:
                 yield "starved"
             self.credits -= 1
             self._send_frames(gateway, request, frames[first : first + count], first)
+            if request.id in self.repeats:
+                self.repeats.remove(request.id)
+                self.credits -= 1
+                self._send_frames(gateway, request, frames[first : first + count], first)
             first += count
             tell("deliver" if number == len(chunks) else "decode", number, len(chunks), 1.0)
             yield f"decode:{number}"
@@ -235,4 +359,5 @@ class FakeMesh:
         count, height, width, _ = pixels.shape
         total, timings = request.params.num_frames, {"encode": 0.2, "denoise": 0.5}
         chunk = FramesChunk(request.id, request.attempt, first, count, total, height, width, timings)
+        self.chunks.append((request.id, request.attempt, first))
         self._frames[endpoint].send(chunk, payload=np.ascontiguousarray(pixels).data)

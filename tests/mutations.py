@@ -30,13 +30,17 @@ def broken(name):
 def _heads():
     """Heads come back in the wrong order."""
     right = ulysses.gather_heads
-    return ulysses, "gather_heads", lambda *args: right(*args).roll(1, dims=3)
+    return ulysses, "gather_heads", lambda *args: right(*args).roll(1, dims=2)
 
 
 def _tokens():
     """Another rank's tokens first; keys and values change places too, or attention would not care."""
     right = ulysses.gather_tokens
-    return ulysses, "gather_tokens", lambda x, sizes, group: right(x, sizes, group).roll(max(sizes), dims=2).flip(0)
+
+    def wrong(tensors, sizes, group):
+        return tuple(x.roll(max(sizes), dims=1) for x in reversed(right(tensors, sizes, group)))
+
+    return ulysses, "gather_tokens", wrong
 
 
 def _merge():

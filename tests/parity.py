@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
+import tiny_flux
+import tiny_qwen_image
 import torch
 from mutations import mutations_of
 from ranks import ROOT, run_ranks
@@ -39,6 +41,8 @@ class Family(Protocol):
     name: str
     heads: tuple[int, ...]
     """Head counts to build; one that divides by no degree is among them."""
+    scale: str
+    """The field that decides over guidance branches."""
     cases: dict[str, dict[str, Any]]
     """Shape -> a request: fields of `SamplingParams`, `steps` and `guidance` for short. One is called "odd"."""
 
@@ -60,6 +64,7 @@ class Wan:
 
     name = "wan"
     heads = (4, 3)
+    scale = "guidance"
     cases: ClassVar = {
         "even": {"prompt": "a red circle moving right", "seed": 3, "height": 32, "width": 32, "num_frames": 9},
         "odd": {"prompt": "a star", "seed": 4, "height": 48, "width": 48, "num_frames": 9},
@@ -88,7 +93,57 @@ class Wan:
         return latents, np.stack([np.asarray(picture) for picture in pictures])
 
 
-FAMILIES: dict[str, Family] = {"wan": Wan()}
+class Still:
+    """What the image families have in common: text and picture are joined in every attention."""
+
+    heads = (4, 3)
+    scale = "true_cfg_scale"
+    cases: ClassVar = {
+        "even": {"prompt": "a red circle", "negative_prompt": "a square", "seed": 3, "height": 64, "width": 64},
+        "odd": {"prompt": "a star", "negative_prompt": "a red circle", "seed": 4, "height": 48, "width": 80},
+        "still": {"prompt": "a star", "negative_prompt": "", "seed": 5, "height": 16, "width": 48},
+        "masked": {
+            "prompt": "a star",
+            "negative_prompt": "a red circle moving right, a star over the sea; a big blue square, very bright!",
+            "seed": 7,
+            "height": 32,
+            "width": 48,
+        },
+        "unguided": {"prompt": "a box", "seed": 6, "height": 32, "width": 64, "true_cfg_scale": 1.0},
+    }
+    """Tokens of the picture: 16, 15, 3, 6, 8. Three tokens on four ranks leave one rank without any."""
+
+    def __init__(self, tiny: Any) -> None:
+        self._tiny = tiny
+
+    def load(self, folder):
+        return self._tiny.load_pipeline(folder)
+
+    def reference(self, pipeline, case):
+        words = {"num_inference_steps" if name == "steps" else name: value for name, value in case.items()}
+        picture = self._tiny.reference(pipeline, words, "pil")[0]
+        return self._tiny.reference(pipeline, words), np.asarray(picture)[None]
+
+
+class Flux(Still):
+    """Text and picture in streams of their own, then in one."""
+
+    name = "flux"
+
+    def build(self, folder, heads):
+        return self._tiny.build_tiny_flux(folder, heads=heads)
+
+
+class QwenImage(Still):
+    """Texts of different lengths are padded and masked."""
+
+    name = "qwen_image"
+
+    def build(self, folder, heads):
+        return self._tiny.build_tiny_qwen_image(folder, heads=heads)
+
+
+FAMILIES: dict[str, Family] = {"wan": Wan(), "flux": Flux(tiny_flux), "qwen_image": QwenImage(tiny_qwen_image)}
 
 
 @dataclass(frozen=True)
@@ -114,11 +169,12 @@ class Cell:
     @property
     def requests(self) -> list[dict[str, Any]]:
         """The cell's own request; batched, a second one joins it three steps later."""
-        first = {"steps": 8, "guidance": 4.0} | FAMILIES[self.family].cases[self.shape]
+        family = FAMILIES[self.family]
+        first = {"steps": 8, family.scale: 4.0} | family.cases[self.shape]
         if self.mode == "alone":
             return [first]
-        guidance = first["guidance"] if first["guidance"] <= 1 else 2.5
-        return [first, first | {"prompt": "two green triangles", "seed": first["seed"] + 50, "guidance": guidance}]
+        scale = min(first[family.scale], 2.5)
+        return [first, first | {"prompt": "two green triangles", "seed": first["seed"] + 50, family.scale: scale}]
 
     def runs(self) -> list[dict[str, Any]]:
         layout = [self.layout.cfg, self.layout.ring, self.layout.ulysses]
@@ -155,7 +211,8 @@ def cells(families=None, full=True):
         for place, layout in enumerate(LAYOUTS):
             every = list(itertools.product(family.heads, family.cases, MODES))
             # 7 has no factor in common with the number of entries: every layout gets others.
-            chosen = every if full else [every[(place + 7 * i) % len(every)] for i in range(4)]
+            some = 4 if family.name == "wan" else 2
+            chosen = every if full else [every[(place + 7 * i) % len(every)] for i in range(some)]
             for heads, shape, mode in chosen:
                 found.append(
                     Cell(family.name, heads, layout, shape, mode, _fault(family, layout, heads, shape, next(turns)))
@@ -171,7 +228,7 @@ def _fault(family, layout, heads, shape, turn):
 
     card = Card()
     card.heads = heads
-    guided = family.cases[shape].get("guidance", 4.0) > 1
+    guided = family.cases[shape].get(family.scale, 4.0) > 1
     faults = mutations_of(layout if guided else layout_for(layout, 1, card))
     return faults[turn % len(faults)]
 

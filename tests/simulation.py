@@ -10,12 +10,23 @@ from fake_mesh import demo_model
 from runtime.batching import BatchLimits
 from runtime.layout import Layout
 from runtime.models.card import card_for
-from runtime.protocol import Completed, Decode, Denoise, Encode, Progress, Release, Request
+from runtime.protocol import (
+    Checkpoint,
+    Completed,
+    Decode,
+    Denoise,
+    Encode,
+    Failed,
+    Progress,
+    Release,
+    Request,
+    SavedState,
+)
 from runtime.sampling import SamplingParams
 from runtime.scheduler import MAX_ACTIVE, Scheduler
 
 CARD = card_for(demo_model().configs)
-SECONDS = {"encode": 0.05, "denoise": 0.02, "decode": 0.03}
+SECONDS = {"encode": 0.05, "denoise": 0.02, "first_decode": 0.03, "decode": 0.03}
 """True and, by default, predicted time of one unit: 5 steps or 3 chunks make an item."""
 
 
@@ -33,6 +44,9 @@ class KnownCost:
 
     fitted = predict
 
+    def measured(self, kind, params, layout, batch=1):
+        return True
+
     def observe(self, kind, params, layout, units, seconds, batch=1):
         self.observed.append((kind, units))
 
@@ -42,7 +56,6 @@ class State:
     """What a rank holds of one request."""
 
     params: object
-    run: int = 0
     steps: int = 0
     chunks: int = 0
     decode_rank: int | None = None
@@ -50,14 +63,17 @@ class State:
 
 @dataclass
 class Gateway:
-    """Takes chunks, and grants a credit for each when it consumes it."""
+    """Takes chunks as gateway.mesh does, and grants a credit for each when it consumes it."""
 
     limit: int
-    inbox: list[tuple[str, int]] = field(default_factory=list)
-    """(request, how often it had been started again)."""
+    inbox: list[tuple[str, int, int]] = field(default_factory=list)
+    """(request, attempt, number of the chunk)."""
     excess: int = 0
     """Chunks that arrived although the scheduler took them for lost: the only ones that may exceed the limit."""
-    received: Counter[tuple[str, int]] = field(default_factory=Counter)
+    highest: Counter[str] = field(default_factory=Counter)
+    """The latest attempt of a request that was seen."""
+    stored: Counter[str] = field(default_factory=Counter)
+    """Chunks of a request that it has."""
 
 
 class Simulation:
@@ -66,10 +82,33 @@ class Simulation:
     What a rank may rely on is asserted here, at the moment when the item is issued.
     """
 
-    def __init__(self, *, num_ranks=2, cost=None, ready=True, budget=None, policy="srpt", max_batch=4, weights=None):
+    def __init__(
+        self,
+        *,
+        num_ranks=2,
+        cost=None,
+        ready=True,
+        budget=None,
+        policy="srpt",
+        max_batch=4,
+        weights=None,
+        checkpoint_every=0,
+        found=None,
+        decode_on_all=False,
+    ):
         self.cost = cost or KnownCost()
         limits = BatchLimits(max_batch)
-        self.scheduler = Scheduler(CARD, Layout(1, 1, num_ranks), self.cost, policy, limits, weights=weights or {})
+        self.scheduler = Scheduler(
+            CARD,
+            Layout(1, 1, num_ranks),
+            self.cost,
+            policy,
+            limits,
+            weights=weights or {},
+            checkpoint_every=checkpoint_every,
+            found=dict(found or {}),
+            decode_on_all=decode_on_all,
+        )
         self.budget = budget
         self.now = 0.0
         self.ranks = tuple(range(num_ranks))
@@ -79,13 +118,19 @@ class Simulation:
         self.params = {}
         self.owner: dict[str, bytes] = {}
         """The gateway that hears of a request."""
-        self.restarts: Counter[str] = Counter()
-        self.to_restart: set[str] = set()
+        self.adoptions: Counter[str] = Counter()
+        self.lost_with: Counter[str] = Counter()
+        """How often the group was lost during an item of a request."""
+        self.disturbed: set[str] = set()
+        """Requests that had to do something twice."""
+        self.files: dict[str, SavedState] = dict(found or {})
+        """The spool: the newest checkpoint of a request."""
+        self.writing: list[tuple[str, int]] = []
         self.states: dict[str, State] = {}
         self.running = {}
         self.due: dict[tuple[int, int], float] = {}
         self.unsent: dict[int, int] = {}
-        self.run_of: dict[int, int] = {}
+        self.failed: set[int] = set()
         self.gateways: dict[bytes, Gateway] = {}
         self.num_joined = 0
         if ready:
@@ -115,9 +160,8 @@ class Simulation:
         """A gateway hands in an id that has not ended; another one than before takes it over."""
         if gateway != self.owner[request_id] and gateway in self.gateways:
             self.owner[request_id] = gateway
-            self.restarts[request_id] += 1
-            if request_id in self.states:
-                self.to_restart.add(request_id)
+            self.adoptions[request_id] += 1
+            self.disturbed.add(request_id)
         self.scheduler.submit(gateway, (Request(request_id, self.params[request_id], **terms),), self.now)
         self.settle()
 
@@ -133,28 +177,35 @@ class Simulation:
         if over:
             del self.running[seq]
         if failure is not None:
-            if isinstance(item, Decode):
-                sent = item.chunks - self.unsent.pop(seq)
-                self.excess(item.endpoint, sent)
+            self.disturbed |= set(ids_of(item))
+            self.failed.add(seq)
+        elif isinstance(item, Decode) and rank == item.ranks[0]:
+            while self.unsent[seq]:
+                self.send_chunk(seq)
+        if isinstance(item, Decode) and over:
+            left = self.unsent.pop(seq)
+            if seq in self.failed:
+                self.excess(item.endpoint, item.chunks - left)
+        if failure is not None:
             self.scheduler.failed(rank, seq, *failure, self.now)
         else:
-            if isinstance(item, Decode):
-                while self.unsent[seq]:
-                    self.send_chunk(seq)
-                del self.unsent[seq]
             self.scheduler.completed(rank, seq, self.seconds_of(item), self.now)
         self.settle()
 
-    def lose_group(self, reason="rank 1 died"):
+    def lose_group(self, reason="rank 1 died", culprit=None):
         reports = list(self.due)
+        for item in self.running.values():
+            if culprit is None:
+                self.lost_with.update(ids_of(item))
+        self.disturbed |= set(self.states)
         self.due.clear()
         self.running.clear()
         self.unsent.clear()
         self.states.clear()
-        self.to_restart.clear()
+        self.writing.clear()
         for gateway in self.gateways.values():
             gateway.excess += len(gateway.inbox)
-        self.scheduler.group_lost(reason, self.now)
+        self.scheduler.group_lost(reason, self.now, culprit)
         self.settle()
         for rank, seq in reports:
             # What a rank of the lost group had sent before it died.
@@ -169,21 +220,40 @@ class Simulation:
     def send_chunk(self, seq):
         """One chunk of a running decode arrives at its gateway; the item goes on."""
         item = self.running.get(seq) or next(i for i in self.items if i.seq == seq)
+        number = item.first_chunk + item.chunks - self.unsent[seq]
         self.unsent[seq] -= 1
         gateway = self.gateways.get(name_of(item.endpoint))
         if gateway is not None:
-            gateway.inbox.append((item.request_id, self.run_of[seq]))
+            gateway.inbox.append((item.request_id, item.attempt, number))
 
     def consume(self, name):
-        """The gateway stores one chunk, and says so; after a request's last chunk it says that it has all."""
+        """The gateway stores one chunk or drops it, and gives the credit back; after a request's last chunk it says
+        that it has all."""
         gateway = self.gateways[name]
-        request_id, run = gateway.inbox.pop(0)
-        gateway.received[request_id, run] += 1
+        request_id, attempt, number = gateway.inbox.pop(0)
         self.scheduler.granted(name, 1)
-        total = len(CARD.decode_chunks(self.params[request_id]))
-        if run == self.restarts[request_id] and gateway.received[request_id, run] == total:
-            self.scheduler.stored(request_id, self.now)
+        if attempt >= gateway.highest[request_id] and number == gateway.stored[request_id]:
+            gateway.highest[request_id] = attempt
+            gateway.stored[request_id] += 1
+            if number + 1 == self.total_chunks(request_id) and self.owner[request_id] == name:
+                self.scheduler.stored(name, request_id, self.now)
         self.settle()
+
+    def write(self, index=0, failed=False):
+        """The writer of the ranks comes to the end of a checkpoint."""
+        request_id, step = self.writing.pop(index)
+        if failed:
+            self.scheduler.checkpoint_failed(request_id)
+        elif request_id in self.states and step > getattr(self.files.get(request_id), "step", 0):
+            self.files[request_id] = SavedState(step, f"{request_id}-{step}", 1)
+            self.scheduler.checkpointed(request_id, self.files[request_id])
+        else:
+            # It was released while it waited to be written.
+            self.scheduler.checkpoint_failed(request_id)
+        self.settle()
+
+    def total_chunks(self, request_id):
+        return len(CARD.decode_chunks(self.params[request_id]))
 
     # -- what the scheduler does --
 
@@ -205,6 +275,9 @@ class Simulation:
             case Release():
                 self.released(item)
                 return
+            case Checkpoint():
+                self.checkpointed(item)
+                return
             case Encode():
                 self.encoded(item)
             case Denoise():
@@ -215,24 +288,37 @@ class Simulation:
             assert not any(rank in other.ranks for other in self.running.values()), f"rank {rank} is in two items"
         self.running[item.seq] = item
         self.due |= {(rank, item.seq): self.now + self.seconds_of(item) for rank in item.ranks}
+        for request_id in {one for other in self.running.values() for one in ids_of(other)}:
+            company = sum(len(ids_of(other)) for other in self.running.values())
+            assert self.lost_with[request_id] < 2 or company == 1, "a suspect has company"
 
     def released(self, item):
         assert item.ranks == self.ranks
         in_work = {request_id for other in self.running.values() for request_id in ids_of(other)}
         for request_id in item.request_ids:
             assert request_id not in in_work
-            state = self.states.pop(request_id)
-            if request_id in self.to_restart:
-                self.to_restart.remove(request_id)
-            elif isinstance(self.ends[request_id], Completed):
-                assert state.steps == state.params.num_inference_steps
-                assert state.chunks == len(CARD.decode_chunks(state.params))
+            # The ranks that held it may be gone.
+            self.states.pop(request_id, None)
+            if item.keep_saved:
+                assert request_id not in self.ends
+            else:
+                assert request_id in self.ends
+                self.files.pop(request_id, None)
+
+    def checkpointed(self, item):
+        assert item.ranks == self.ranks[:1]
+        in_work = {request_id for other in self.running.values() for request_id in ids_of(other)}
+        for request_id in item.request_ids:
+            assert request_id not in in_work
+            self.writing.append((request_id, self.states[request_id].steps))
 
     def encoded(self, item):
         assert item.ranks == self.ranks
         for request in item.requests:
             assert request.id not in self.states
-            self.states[request.id] = State(request.params, self.restarts[request.id])
+            saved = item.resume.get(request.id)
+            assert saved == self.files.get(request.id), "not its newest checkpoint"
+            self.states[request.id] = State(request.params, saved.step if saved is not None else 0)
 
     def denoised(self, item):
         assert (item.ranks, item.layout) == (self.ranks, self.scheduler.layout)
@@ -250,16 +336,18 @@ class Simulation:
         state = self.states[item.request_id]
         assert state.steps == state.params.num_inference_steps, "decoded before its last step"
         assert item.chunks >= 1
-        assert item.chunks == 1 or state.chunks > 0, "the first chunk has company"
-        (rank,) = item.ranks
-        assert state.decode_rank in {None, rank}, "a decode moved"
+        assert item.chunks == 1 or item.first_chunk > 0, "the first chunk has company"
+        assert item.ranks == self.ranks if self.scheduler.decode_on_all else len(item.ranks) == 1
+        rank = item.ranks[0]
+        assert state.decode_rank in {None, rank} or item.first_chunk == 0, "a decode moved"
         if self.budget is None and state.decode_rank is None:
             assert not any(other.decode_rank == rank and self.open(other_id) for other_id, other in self.states.items())
+        assert item.first_chunk in {0, state.chunks}
+        assert item.first_chunk or not state.chunks or item.request_id in self.disturbed
         state.decode_rank = rank
-        state.chunks += item.chunks
+        state.chunks = item.first_chunk + item.chunks
         assert state.chunks <= len(CARD.decode_chunks(state.params)), "a chunk too many"
         self.unsent[item.seq] = item.chunks
-        self.run_of[item.seq] = state.run
         gateway = self.gateways[name_of(item.endpoint)]
         under_way = len(gateway.inbox) + sum(
             self.unsent[other.seq]
@@ -293,6 +381,15 @@ class Simulation:
                 assert 0 <= news.step <= news.total_steps
             else:
                 self.ends[news.request_id] = news
+                self.ended(news)
+
+    def ended(self, news):
+        if isinstance(news, Completed):
+            gateway = self.gateways[self.owner[news.request_id]]
+            assert gateway.stored[news.request_id] == self.total_chunks(news.request_id), "completed without its frames"
+        if isinstance(news, Failed) and news.code == "worker_lost":
+            assert self.lost_with[news.request_id] == 3
+        assert self.lost_with[news.request_id] < 3 or not isinstance(news, Failed) or news.code == "worker_lost"
 
     def excess(self, endpoint, chunks):
         if name_of(endpoint) in self.gateways:
@@ -320,6 +417,8 @@ class Simulation:
             full = [name for name, gateway in self.gateways.items() if gateway.inbox] if consume else []
             if full:
                 self.consume(full[0])
+            elif self.writing:
+                self.write()
             elif self.due:
                 self.next_report()
             else:
@@ -331,8 +430,11 @@ class Simulation:
         return next(item for item in self.running.values() if isinstance(item, kind))
 
     def finish(self, item):
+        self.finish_with(item, None)
+
+    def finish_with(self, item, failure):
         for rank in item.ranks:
-            self.report(rank, item.seq)
+            self.report(rank, item.seq, failure)
 
     def items_of(self, kind, request_id=None):
         return [i for i in self.items if isinstance(i, kind) and (request_id is None or request_id in ids_of(i))]

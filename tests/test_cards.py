@@ -323,7 +323,11 @@ def test_a_pickle_beside_safetensors_is_ignored(folder):
 @pytest.mark.parametrize(
     ("part", "change", "words"),
     [
-        ("model_index", {"_class_name": "FluxPipeline"}, "no native family runs FluxPipeline; there are: WanPipeline"),
+        (
+            "model_index",
+            {"_class_name": "StableDiffusionPipeline"},
+            "no native family runs StableDiffusionPipeline; there are: FluxPipeline, QwenImagePipeline, WanPipeline",
+        ),
         ("model_index", {"_class_name": None}, "no native family runs None"),
         ("model_index", {"_class_name": ["code", "MyPipeline"]}, "no native family runs ['code', 'MyPipeline']"),
         ("model_index", {"boundary_ratio": 0.9}, "two-expert Wan 2.2"),

@@ -165,6 +165,21 @@ def test_too_few_gpus_mean_the_cpu_or_a_refusal_that_counts_them(host, free, vis
     assert caught.value.field == "num_gpus"
 
 
+def test_ranks_that_share_take_turns_on_the_gpus_that_there_are(host):
+    host(*FREE)
+    assert pick_devices(8, "cuda", share=True).visible == UUIDS
+    assert pick_devices(2, "cuda", share=True).visible == (UUIDS[1], UUIDS[3])
+    host(80)
+    assert pick_devices(2, "auto", share=True).visible == UUIDS[:1]
+
+
+def test_without_a_gpu_there_is_nothing_to_share(host):
+    host()
+    assert pick_devices(2, "auto", share=True).kind == "cpu"
+    with pytest.raises(InvalidInput, match=r"num_gpus\(2\) > 0 GPUs"):
+        pick_devices(2, "cuda", share=True)
+
+
 def test_the_cpu_is_taken_when_asked_for(host):
     host(*FREE)
     assert pick_devices(2, "cpu").kind == "cpu"

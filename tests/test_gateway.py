@@ -8,12 +8,10 @@ import contextlib
 import io
 import json
 import os
-import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -27,115 +25,23 @@ import openai
 import psutil
 import pytest
 import structlog
-import uvicorn
-from fake_mesh import MODEL_FOLDER, FakeMesh, moving_frames
+from fake_mesh import MODEL_FOLDER, moving_frames
 from PIL import Image
+from served import BODY, eventually, names, parse_events
 from sqlalchemy.exc import SQLAlchemyError
 
 from gateway.__main__ import listen
-from gateway.app import create_app
 from gateway.jobs import runner as runner_module
 from gateway.jobs.store import JobStore
 from gateway.media.mp4 import read_frames
-from gateway.mesh import FRAME_CREDITS, Mesh
+from gateway.mesh import FRAME_CREDITS
 from gateway.schema import unbracket
 from gateway.stream import EventLog
 from runtime.config import Config, save_frozen
 from runtime.errors import InvalidInput, StartFailed
 
 ROOT = Path(__file__).parent.parent
-BODY = {"prompt": "a red square moves right", "num_inference_steps": 4}
 FRAMES = 17
-
-
-class Gateway:
-    """The app in a uvicorn of its own, in a thread: `http` talks to it, `call` runs something in its loop."""
-
-    def __init__(self, fake: FakeMesh, folder: Path, max_body_bytes: int = 100_000, **config) -> None:
-        self.config = Config(output_path=str(folder), host="127.0.0.1", port=0, **config)
-        self.fake = fake
-        self.videos = folder / "videos"
-        self._max_body_bytes = max_body_bytes
-        self._listening = listen("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}"
-        self._thread = threading.Thread(target=lambda: asyncio.run(self._serve()))
-        self._started = threading.Event()
-        self._thread.start()
-        assert self._started.wait(10)
-        self.http = httpx2.Client(base_url=self.url, timeout=10)
-
-    async def _serve(self) -> None:
-        self._loop = asyncio.get_running_loop()
-        frames = f"ipc://{self.fake.folder}/frames{id(self)}"
-        mesh = Mesh(self.fake.endpoint, frames, batching_delay_s=self.config.batching_delay_ms / 1000)
-        store = JobStore(f"sqlite:///{self.config.output_path}/jobs.sqlite3")
-        self.app = create_app(self.config, mesh, store, self.fake.card, max_body_bytes=self._max_body_bytes)
-        settings = uvicorn.Config(self.app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
-        self._server = uvicorn.Server(settings)
-        self._loop.call_soon(self._started.set)
-        await self._server.serve([self._listening])
-
-    def close(self) -> None:
-        self.http.close()
-        self._server.should_exit = True
-        self._thread.join(10)
-        assert not self._thread.is_alive()
-
-    def call(self, work):
-        async def main():
-            return work()
-
-        return asyncio.run_coroutine_threadsafe(main(), self._loop).result(5)
-
-    def tasks(self) -> set[str]:
-        return self.call(lambda: {task.get_name() for task in asyncio.all_tasks() - {asyncio.current_task()}})
-
-    def create(self, **changes) -> str:
-        answer = self.http.post("/v1/videos", json=BODY | changes)
-        assert answer.status_code == 200, answer.text
-        return answer.json()["id"]
-
-    def video(self, video_id: str) -> dict:
-        return self.http.get(f"/v1/videos/{video_id}").raise_for_status().json()
-
-    def wait(self, video_id: str, status: str = "completed") -> dict:
-        eventually(lambda: self.video(video_id)["status"] == status)
-        return self.video(video_id)
-
-    def events(self, video_id: str, last: str | None = None, **query) -> list[tuple[str, str, dict]]:
-        with self.follow(video_id, last, **query) as events:
-            return list(events)
-
-    @contextlib.contextmanager
-    def follow(self, video_id: str, last: str | None = None, **query):
-        headers = {} if last is None else {"Last-Event-ID": last}
-        with self.http.stream("GET", f"/v1/videos/{video_id}/events", params=query, headers=headers) as response:
-            assert response.status_code == 200
-            assert response.headers["content-type"].startswith("text/event-stream")
-            yield parse_events(response.iter_lines())
-
-
-def parse_events(lines):
-    """(id, name, data) of each server-sent event."""
-    event = {"id": ""}
-    for line in lines:
-        if line:
-            name, _, value = line.partition(": ")
-            event[name] = value
-        elif "event" in event:
-            yield event["id"], event["event"], json.loads(event["data"])
-            event = {"id": ""}
-
-
-def eventually(condition) -> None:
-    until = time.monotonic() + 10
-    while not condition():
-        assert time.monotonic() < until, "not within 10 s"
-        time.sleep(0.01)
-
-
-def names(events) -> list[str]:
-    return [name for _, name, _ in events]
 
 
 @pytest.fixture(autouse=True)
@@ -143,40 +49,6 @@ def logs():
     """What was logged; structlog's own default spends seconds on drawing a traceback."""
     with structlog.testing.capture_logs() as logs:
         yield logs
-
-
-@pytest.fixture
-def sockets():
-    """Paths of Unix sockets are short; pytest's folders are not."""
-    folder = Path(tempfile.mkdtemp(prefix="fm"))
-    yield folder
-    shutil.rmtree(folder)
-
-
-@pytest.fixture
-def fake(sockets):
-    fake = FakeMesh(sockets)
-    yield fake
-    fake.close()
-
-
-@pytest.fixture
-def start(fake, tmp_path):
-    """A function that starts a gateway over the fake mesh; all of one test share the output folder."""
-    running = []
-
-    def start(**changes) -> Gateway:
-        running.append(Gateway(fake, tmp_path, **changes))
-        return running[-1]
-
-    yield start
-    for gateway in running:
-        gateway.close()
-
-
-@pytest.fixture
-def gateway(start):
-    return start()
 
 
 # ---- bodies ------------------------------------------------------------------------------------------------------

@@ -1,5 +1,6 @@
 """Attention over ranks, transfers and groups against the same computation on whole tensors, on real gloo ranks."""
 
+import argparse
 import json
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from ranks import run_ranks
 from ranks_attention import noise, whole
 
+from bench.parallel import layouts, measure
 from runtime.config import Config
 from runtime.errors import InvalidInput
 from runtime.layout import Layout
@@ -88,6 +90,16 @@ def test_yunchang_agrees(reports, num_ranks):
         for name, (error, difference) in report["yunchang"].items():
             assert error <= BOUND, name
             assert difference <= BOUND, name
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_step_sends_what_the_formula_says(num_ranks):
+    """Counted while the executor runs real steps; 64 tokens and 8 heads divide by every degree."""
+    args = argparse.Namespace(ranks=num_ranks, pairs=1, steps=1, frames=1, size=128)
+    rows = measure(args)["layouts"]
+    assert len(rows) == len(layouts(num_ranks))
+    for layout, row in rows.items():
+        assert row["bytes_per_rank_and_step"] == row["bytes_by_formula"] > 0, layout
 
 
 # ---- the kernel --------------------------------------------------------------------------------------------------

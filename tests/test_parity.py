@@ -57,7 +57,7 @@ def test_most_cells_reach_the_aim(outcomes):
 
 def test_the_covering_part_covers():
     some, every = cells(full=False), cells()
-    for part in ("layout", "heads", "shape", "mode", "fault"):
+    for part in ("family", "layout", "heads", "shape", "mode", "fault"):
         assert {getattr(c, part) for c in some} == {getattr(c, part) for c in every}, part
     assert {c.layout for c in every if c.shape == "odd" and c.heads == 3} == set(LAYOUTS)
     assert len({c.name for c in every}) == len(every)

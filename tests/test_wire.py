@@ -7,7 +7,6 @@ import os
 import stat
 import threading
 import time
-import typing
 
 import msgspec
 import pytest
@@ -15,6 +14,7 @@ import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from bench.fuzz import DIRECTIONS, full, messages_of
 from runtime import protocol
 from runtime.errors import InvalidInput, PeerGone
 from runtime.layout import Layout
@@ -64,39 +64,6 @@ MODEL = ModelInfo(
 )
 REQUEST = Request("r1", PARAMS, {"text_encoder": {"prompt": (5, 6, 1), "negative_prompt": (1,)}}, attempt=2)
 
-PLAIN = {int: 7, float: 0.25, str: "wört", bool: True, typing.Any: {"patch": [1, 2, None], "eps": 1e-6}}
-
-
-def sample(kind):
-    """A value that is no default, for any type that a message's field may have."""
-    if kind in PLAIN:
-        return PLAIN[kind]
-    if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
-        return full(kind)
-    arguments = [argument for argument in typing.get_args(kind) if argument not in {type(None), Ellipsis}]
-    match typing.get_origin(kind):
-        case origin if origin is tuple:
-            return (sample(arguments[0]),) * 2
-        case origin if origin is dict:
-            return {sample(arguments[0]): sample(arguments[1])}
-        case _:
-            return sample(arguments[0])
-
-
-def full(struct):
-    """A Struct with every field set."""
-    hints = typing.get_type_hints(struct)
-    return struct(**{field.name: sample(hints[field.name]) for field in msgspec.structs.fields(struct)})
-
-
-def directions():
-    """(name, union) of every direction that the protocol defines, with what the workers send to gateways."""
-    return {"ToScheduler": ToScheduler, "FromScheduler": FromScheduler, "frames": FramesChunk}
-
-
-def messages_of(union):
-    return typing.get_args(union) or (union,)
-
 
 @pytest.fixture
 def endpoint(tmp_path_factory):
@@ -141,12 +108,12 @@ def body(message=None):
 
 def test_every_message_has_a_direction():
     ours = {t for t in vars(protocol).values() if isinstance(t, type) and issubclass(t, Message)} - {Message}
-    assert ours == {message for union in directions().values() for message in messages_of(union)}
+    assert ours == {message for union in DIRECTIONS.values() for message in messages_of(union)}
 
 
-@pytest.mark.parametrize("direction", directions())
+@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_every_message_round_trips(direction, tmp_path_factory):
-    union = directions()[direction]
+    union = DIRECTIONS[direction]
     receiver = Channel.bind(f"ipc://{tmp_path_factory.mktemp('s')}/socket", union)
     sender = Channel.connect(receiver.endpoint, FromScheduler, b"peer")
     sender.set_epoch(11)

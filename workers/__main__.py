@@ -11,10 +11,12 @@ import sys
 from pathlib import Path
 
 from runtime.config import Config, load_frozen
+from runtime.keys import load_keys
 from runtime.log import get_logger, setup_logging
 from runtime.models.card import card_for, read_configs
 from runtime.process import die_with_parent
 from runtime.protocol import ItemFailed, Ready
+from runtime.wire import set_keys
 from workers.seat import Seat, WorkerChannel, take_seat
 
 log = get_logger("worker")
@@ -29,19 +31,23 @@ def main() -> int:
     args = parser.parse_args()
     config = load_frozen(args.config)
     setup_logging(f"worker{os.environ['RANK']}", config.log_level)
+    set_keys(load_keys(config.curve_dir))
     seat, channel = take_seat(args.scheduler)
     return _serve(args.model_folder, config, seat, channel)
 
 
 def _serve(folder: Path, config: Config, seat: Seat, channel: WorkerChannel) -> int:
     from workers.calibrate import measure
+    from workers.checkpoint import digest
     from workers.frames import FrameSender
     from workers.setup import build_executor, describe_model, memory_budget, pick_device
+    from workers.spool import Spool
     from workers.worker import GroupBroken, Heart, Worker
 
     device = pick_device(config)
     sender = FrameSender(seat.identity)
-    card = card_for(read_configs(folder))
+    configs = read_configs(folder)
+    card = card_for(configs)
     try:
         executor, family, precisions = build_executor(config, folder, card, device, seat.rank, seat.generation, sender)
         measurements = measure(executor, family, card, config.layout)
@@ -52,17 +58,24 @@ def _serve(folder: Path, config: Config, seat: Seat, channel: WorkerChannel) -> 
         raise
     model = describe_model(config, folder, family, precisions, device) if seat.rank == 0 else None
     budget = memory_budget(device, config.num_gpus)
-    channel.send(Ready(seat.rank, seat.generation, model, budget, measurements if seat.rank == 0 else ()))
+    ready = Ready(seat.rank, seat.generation, model, budget, measurements if seat.rank == 0 else ())
+    channel.send(ready)
+    spool = Spool(seat, config.spool, config.checkpoint_max_bytes, digest((configs, precisions, device.type)))
+    executor.spool = spool
     heart = Heart(seat)
     heart.start()
+    spool.start()
     log.info("ready", device=str(device), layout=str(config.layout))
     try:
-        Worker(seat.rank, channel, executor, heart).run()
+        Worker(seat, channel, executor, heart, spool, ready).run()
     except GroupBroken:
+        # What is in line was sound before this item.
+        spool.close(timeout_s=2.0)
         channel.close(linger_s=2.0)
         # A collective may hold a thread of the process group for ever; only a hard exit is sure to end it.
         os._exit(1)
     sender.close()
+    spool.close(timeout_s=10.0)
     channel.close(linger_s=1.0)
     return 0
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import msgspec
 import torch
 
+from runtime.errors import InvalidInput
 from runtime.layout import Layout
 from runtime.models.card import Card
 from runtime.protocol import Denoise, Encode, Measurement, Release, Request
@@ -44,20 +45,38 @@ def measure(executor: Executor, family: Family, card: Card, layout: Layout) -> t
 
 
 def _shapes(card: Card) -> Iterator[ResolvedParams]:
-    """The default picture size with one frame, and with a few: small enough for any model to be quick."""
+    """The default picture size with one frame, and with a few: small enough for any model to be quick.
+
+    An image model has one frame only; its second shape is a smaller picture.
+    """
     default = card.check(SamplingParams(prompt=PROMPT, seed=0, num_inference_steps=WARM_STEPS + TIMED_STEPS))
-    few = card.frames_for(0.5, 16)
-    for frames in (1, few):
-        yield msgspec.structs.replace(default, num_frames=min(frames, default.num_frames))
+    few = min(card.frames_for(0.5, 16), default.num_frames)
+    yield msgspec.structs.replace(default, num_frames=1)
+    yield msgspec.structs.replace(default, num_frames=few) if few > 1 else _half(card, default)
+
+
+def _half(card: Card, params: ResolvedParams) -> ResolvedParams:
+    """A picture of half the height, or the same if the model cannot make that."""
+    try:
+        return card.check(
+            SamplingParams(
+                prompt=PROMPT, seed=0, num_inference_steps=params.num_inference_steps, height=params.height // 2
+            )
+        )
+    except InvalidInput:
+        return params
 
 
 def _decode(executor: Executor, family: Family, params: ResolvedParams, request_id: str) -> list[Measurement]:
-    """Mean seconds of a chunk, as an item's chunks are predicted; sends no frames."""
+    """Seconds of the first chunk and mean seconds of the others; sends no frames."""
     with torch.inference_mode():
-        started = time.monotonic()
-        chunks = [chunk.cpu() for chunk in family.decode(executor.states[request_id], executor.decode_group)]
-        seconds = (time.monotonic() - started) / len(chunks)
-    return [Measurement("decode", params, 1, seconds)]
+        marks = [time.monotonic()]
+        for chunk in family.decode(executor.states[request_id], executor.decode_group):
+            chunk.cpu()
+            marks.append(time.monotonic())
+    first, others = marks[1] - marks[0], len(marks) - 2
+    rest = [Measurement("decode", params, 1, (marks[-1] - marks[1]) / others)] if others else []
+    return [Measurement("first_decode", params, 1, first), *rest]
 
 
 def _timed(executor: Executor, item: Encode | Denoise) -> float:

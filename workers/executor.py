@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 
+from runtime.errors import FramemeshError
 from runtime.layout import Layout, layout_for
 from runtime.models.card import Card
-from runtime.protocol import Decode, Denoise, Encode, FramesChunk, Release, WorkItem
+from runtime.protocol import Checkpoint, Decode, Denoise, Encode, FramesChunk, Release, WorkItem
 from workers.models.family import Family
 from workers.parallel.cfg import branches_of, gather_branches
 from workers.parallel.comm import ALONE, Group
 from workers.parallel.groups import Groups
 from workers.parallel.sequence import SequenceParallel
+from workers.spool import Spool
 from workers.state import RequestState
 
 SendFrames = Callable[[str, FramesChunk, torch.Tensor], None]
@@ -36,6 +39,12 @@ class Executor:
         send_frames: SendFrames,
     ) -> None:
         self.states: dict[str, RequestState] = {}
+        self.spool: Spool | None = None
+        """Where checkpoints go; set once the model is warm."""
+        self.in_collectives = False
+        """After an error: it was raised between collectives, in which other ranks may wait for this one."""
+        self.sharded = False
+        """Encoders work together with other ranks, in every forward: weights are gathered, or layers shared."""
         self.decode_group: Group = ALONE
         """With whom this rank decodes when an item names several ranks."""
         self._family = family
@@ -45,7 +54,11 @@ class Executor:
         self._send_frames = send_frames
 
     def run(self, item: WorkItem) -> None:
-        """Carry out one item; may raise anything that a model can raise."""
+        """Carry out one item; may raise anything that a model can raise.
+
+        After an error the states that the item names may be half done; no other state was touched.
+        """
+        self.in_collectives = False
         with torch.inference_mode():
             match item:
                 case Encode():
@@ -54,18 +67,32 @@ class Executor:
                     self._denoise(item)
                 case Decode():
                     self._decode(item)
+                case Checkpoint():
+                    assert self.spool is not None
+                    for request_id in item.request_ids:
+                        self.spool.save(self.states[request_id])
                 case Release():
                     for request_id in item.request_ids:
                         self.states.pop(request_id, None)
+                    if self.spool is not None and not item.keep_saved:
+                        self.spool.release(item.request_ids)
 
     def _encode(self, item: Encode) -> None:
         since = time.monotonic()
-        embeddings = self._family.encode(item.requests)
+        with self._collectives(self.sharded):
+            embeddings = self._family.encode(item.requests)
+        states: dict[str, RequestState] = {}
         for request, embedding in zip(item.requests, embeddings, strict=True):
             generator = torch.Generator("cpu").manual_seed(request.params.seed)
             state = self._family.prepare(request, embedding, generator)
+            state.generator = generator
+            if request.id in item.resume:
+                assert self.spool is not None
+                self.spool.resume(state, item.resume[request.id])
             state.spend("encode", since)
-            self.states[request.id] = state
+            states[request.id] = state
+        # All or none: a checkpoint that does not fit leaves nothing half begun behind.
+        self.states |= states
 
     def _denoise(self, item: Denoise) -> None:
         since = time.monotonic()
@@ -83,11 +110,21 @@ class Executor:
         mine: dict[str, torch.Tensor] = {}
         with self._sequence.over(groups):
             for together in self._forwards(states, branches_of(branches, groups.cfg), groups):
-                output = self._family.denoiser(**self._family.inputs(states, together))[0]
+                inputs = self._family.inputs(states, together)
+                with self._collectives(layout.num_ranks > 1):
+                    output = self._family.denoiser(**inputs)[0]
                 mine |= dict(zip(together, output.split(len(states)), strict=True))
-        predictions = gather_branches(mine, branches, groups.cfg)
+        with self._collectives(groups.cfg.size > 1):
+            predictions = gather_branches(mine, branches, groups.cfg)
         for row, state in enumerate(states):
             self._family.advance(state, {branch: rows[row : row + 1] for branch, rows in predictions.items()})
+
+    @contextmanager
+    def _collectives(self, takes_part: bool) -> Iterator[None]:
+        """What runs inside may wait for other ranks, and they for this one; an error leaves the mark."""
+        self.in_collectives = takes_part
+        yield
+        self.in_collectives = False
 
     def _forwards(self, states: list[RequestState], branches: tuple[str, ...], groups: Groups) -> list[tuple[str, ...]]:
         """Which branches share a forward; decided from sizes alone, so that every rank and every run agree.
@@ -101,17 +138,16 @@ class Executor:
     def _decode(self, item: Decode) -> None:
         state = self.states[item.request_id]
         group = self.decode_group if len(item.ranks) > 1 else ALONE
-        if state.decoder is None:
-            state.decoder = self._family.decode(state, group)
-        decoder = state.decoder
+        decoder = self._open_decoder(state, item.first_chunk, group)
         for _ in range(item.chunks):
             since = time.monotonic()
-            frames = next(decoder)
+            with self._collectives(group.size > 1):
+                frames = next(decoder)
             state.spend("decode", since)
             count, height, width, _ = frames.shape
             header = FramesChunk(
                 item.request_id,
-                state.request.attempt,
+                item.attempt,
                 state.frames_sent,
                 count,
                 state.params.num_frames,
@@ -125,3 +161,18 @@ class Executor:
                 state.decoder = None
             if group.rank == 0:
                 self._send_frames(item.endpoint, header, frames)
+
+    def _open_decoder(self, state: RequestState, first_chunk: int, group: Group) -> Iterator[torch.Tensor]:
+        """A decoder that comes to `first_chunk` next: a new one for 0, else the one that is open."""
+        if first_chunk == 0:
+            # Before the new one: the old one's cache is most of what a request holds.
+            state.decoder = None
+            state.frames_sent = 0
+            state.decoder = self._family.decode(state, group)
+        due = sum(self._card.decode_chunks(state.params)[:first_chunk])
+        if state.decoder is None or state.frames_sent != due:
+            raise FramemeshError(
+                f"the decode of {state.request.id} cannot go on at frame {due}: "
+                + ("none is open" if state.decoder is None else f"it is at frame {state.frames_sent}")
+            )
+        return state.decoder

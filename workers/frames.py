@@ -7,7 +7,7 @@ import threading
 
 import torch
 
-from runtime.errors import PeerGone
+from runtime.errors import InvalidInput, PeerGone
 from runtime.log import get_logger
 from runtime.protocol import FramesChunk, ToScheduler
 from runtime.wire import Channel
@@ -40,11 +40,11 @@ class FrameSender:
         channels: dict[str, Channel[FramesChunk, ToScheduler]] = {}
         while (entry := self._queue.get()) is not None:
             endpoint, header, pixels = entry
-            if endpoint not in channels:
-                channels[endpoint] = Channel.connect(endpoint, ToScheduler, self._identity)
             try:
+                if endpoint not in channels:
+                    channels[endpoint] = Channel.connect(endpoint, ToScheduler, self._identity)
                 channels[endpoint].send(header, payload=pixels.cpu().numpy().data)
-            except PeerGone as error:
+            except (PeerGone, InvalidInput) as error:
                 log.warning("frames not sent", endpoint=endpoint, request=header.request_id, error=str(error))
         for channel in channels.values():
             channel.close(linger_s=2.0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from runtime.protocol import FromScheduler, FromWorker, Welcome, WorkerHello
 from runtime.wire import Channel, incarnation
@@ -24,7 +24,13 @@ class Seat:
     generation: int
     """How often torchrun restarted the group."""
     epoch: int
-    """The scheduler's."""
+    """The scheduler's, when the seat was taken."""
+    host: str
+    pid: int
+
+    @property
+    def hello(self) -> WorkerHello:
+        return WorkerHello(self.rank, self.num_ranks, self.generation, self.host, self.pid)
 
 
 def take_seat(scheduler: str) -> tuple[Seat, WorkerChannel]:
@@ -32,10 +38,11 @@ def take_seat(scheduler: str) -> tuple[Seat, WorkerChannel]:
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     generation = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     identity = incarnation(f"worker{rank}")
+    seat = Seat(scheduler, identity, rank, num_ranks, generation, 0, socket.gethostname(), os.getpid())
     channel: WorkerChannel = Channel.connect(scheduler, FromScheduler, identity)
-    channel.send(WorkerHello(rank, num_ranks, generation, socket.gethostname(), os.getpid()))
+    channel.send(seat.hello)
     received = channel.receive()
     assert received is not None
     assert isinstance(received.message, Welcome), received.message
     channel.set_epoch(received.message.epoch)
-    return Seat(scheduler, identity, rank, num_ranks, generation, received.message.epoch), channel
+    return replace(seat, epoch=received.message.epoch), channel

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 
@@ -61,6 +62,7 @@ def build_executor(
     engine = usp_attention if config.sp_engine == "native" else yunchang_engine(layout.num_ranks, device)
     sequence = SequenceParallel(family.denoiser, family.sequence_plan, kernel, family.attention_processor, engine)
     executor = Executor(family, card, sequence, groups, sender.send)
+    executor.sharded = loader.mesh is not None or loader.tensor_group is not None
     if config.vae_sp:
         executor.decode_group = groups[layout].replica
     return executor, family, precisions
@@ -99,5 +101,6 @@ def describe_model(
 def memory_budget(device: torch.device, ranks_on_host: int) -> int:
     """Bytes for the states of requests: what is free after loading, less room for activations."""
     if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0] * STATE_SHARE)
+        sharing = math.ceil(ranks_on_host / torch.cuda.device_count())
+        return int(torch.cuda.mem_get_info(device)[0] * STATE_SHARE / sharing)
     return int(psutil.virtual_memory().available * STATE_SHARE / ranks_on_host)

@@ -1,18 +1,23 @@
-"""One rank's life: take an item, run it, report. Decides nothing."""
+"""One rank's life: take an item, run it, report; begin anew when the scheduler does. Decides nothing."""
 
 from __future__ import annotations
 
+import contextlib
+import re
 import threading
 import time
 import traceback
 
+import torch
+
+from runtime.errors import CheckpointUnusable, PeerGone
 from runtime.log import get_logger
 from runtime.protocol import (
-    Denoise,
     Done,
     FromScheduler,
     Heartbeat,
     ItemFailed,
+    Ready,
     Release,
     Shutdown,
     Welcome,
@@ -21,6 +26,7 @@ from runtime.protocol import (
 from runtime.wire import Channel
 from workers.executor import Executor
 from workers.seat import Seat, WorkerChannel
+from workers.spool import Spool
 
 HEARTBEAT_S = 1.0
 MAX_REASON = 300
@@ -40,24 +46,39 @@ class Heart(threading.Thread):
         super().__init__(name="heart", daemon=True)
         self._seat = seat
         self.busy_seq = -1
+        self.epoch = seat.epoch
+        """The scheduler's; the worker changes it."""
 
     def run(self) -> None:
         seat = self._seat
         channel: WorkerChannel = Channel.connect(seat.scheduler, FromScheduler, seat.identity + b"/heart")
-        channel.set_epoch(seat.epoch)
         while True:
-            channel.send(Heartbeat(seat.rank, seat.generation, self.busy_seq))
+            channel.set_epoch(self.epoch)
+            # A scheduler that is away for hours fills the queue; the heart beats on for the next one.
+            with contextlib.suppress(PeerGone):
+                channel.send(Heartbeat(seat.rank, seat.generation, self.busy_seq, seat.host, seat.pid))
             time.sleep(HEARTBEAT_S)
 
 
 class Worker:
-    """The control loop of one rank."""
+    """The control loop of one rank.
 
-    def __init__(self, rank: int, channel: WorkerChannel, executor: Executor, heart: Heart) -> None:
-        self._rank = rank
+    Args:
+        ready: what this rank said when it had loaded the model; said again to every new scheduler.
+    """
+
+    def __init__(
+        self, seat: Seat, channel: WorkerChannel, executor: Executor, heart: Heart, spool: Spool, ready: Ready
+    ) -> None:
+        self._seat = seat
         self._channel = channel
         self._executor = executor
         self._heart = heart
+        self._spool = spool
+        self._ready = ready
+        self._epoch = seat.epoch
+        self.stale = 0
+        """Messages dropped because they were of another epoch."""
 
     def run(self) -> None:
         """Until Shutdown.
@@ -69,15 +90,29 @@ class Worker:
             received = self._channel.receive()
             assert received is not None
             match received.message:
+                case Welcome(epoch):
+                    self._join(epoch)
+                case message if received.epoch != self._epoch:
+                    self.stale += 1
+                    log.warning("dropped: stale epoch", message=type(message).__name__, stale=self.stale)
                 case Shutdown():
                     return
                 case Release() as item:
                     # The stream is ordered: nothing after it can need the state, so nobody waits for a report.
                     self._executor.run(item)
-                case Welcome():
-                    pass
                 case item if isinstance(item, WorkItem):
                     self._work(item)
+
+    def _join(self, epoch: int) -> None:
+        """Begin anew under a scheduler that knows nothing of us; its files in the spool stay for a resume."""
+        if epoch == self._epoch:
+            return
+        log.warning("a new scheduler", epoch=epoch, released=len(self._executor.states))
+        self._executor.states.clear()
+        self._epoch = self._heart.epoch = self._spool.epoch = epoch
+        self._channel.set_epoch(epoch)
+        self._channel.send(self._seat.hello)
+        self._channel.send(self._ready)
 
     def _work(self, item: WorkItem) -> None:
         self._heart.busy_seq = item.seq
@@ -85,18 +120,48 @@ class Worker:
         try:
             self._executor.run(item)
         except Exception as error:
-            broken = isinstance(item, Denoise) and len(item.ranks) > 1
-            log.error("item failed", seq=item.seq, error=str(error), trace=traceback.format_exc())
-            reason = f"{type(error).__name__}: {error}"[:MAX_REASON]
-            self._channel.send(ItemFailed(self._rank, item.seq, failure_code(error), reason, broken))
-            if broken:
-                raise GroupBroken(reason) from error
+            self._failed(item, error)
         else:
-            self._channel.send(Done(self._rank, item.seq, started, time.monotonic()))
+            self._channel.send(Done(self._seat.rank, item.seq, started, time.monotonic()))
         finally:
             self._heart.busy_seq = -1
 
+    def _failed(self, item: WorkItem, error: Exception) -> None:
+        """Report it, and go on where no other rank can wait for us."""
+        code, reason = failure_code(error), describe(error)
+        broken = self._executor.in_collectives and len(item.ranks) > 1
+        log.error("item failed", seq=item.seq, error=str(error), trace="".join(traceback.format_exception(error)))
+        if not broken:
+            _forget_tensors(error)
+        self._channel.send(ItemFailed(self._seat.rank, item.seq, code, reason, broken))
+        if broken:
+            raise GroupBroken(reason) from error
+
 
 def failure_code(error: Exception) -> str:
-    """A stable word for what a client may want to act on."""
-    return "out_of_memory" if "out of memory" in str(error).lower() else "internal_error"
+    """A stable word for what the scheduler or a client may want to act on."""
+    if isinstance(error, CheckpointUnusable):
+        return "checkpoint_unusable"
+    words = str(error).lower()
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or any(sign in words for sign in OUT_OF_MEMORY):
+        return "out_of_memory"
+    return "internal_error"
+
+
+OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
+"""As CUDA, torch's CPU allocator and cuBLAS say it."""
+
+
+def describe(error: Exception) -> str:
+    """The error in at most `MAX_REASON` characters; of absolute paths only the last part, the log has the rest."""
+    text = re.sub(r"(?<![\w.:/])/(?:[^\s/'\",:;]+/)+(?=[^\s/])", "", f"{type(error).__name__}: {error}")
+    return " ".join(text.split())[:MAX_REASON]
+
+
+def _forget_tensors(error: BaseException | None) -> None:
+    """A traceback keeps every local variable of the frames that failed: gigabytes, of a forward."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()

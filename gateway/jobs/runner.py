@@ -15,10 +15,10 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from gateway.jobs.outputs import Outputs, Recording
 from gateway.jobs.store import Job, JobStore, Order, Page, Status
-from gateway.mesh import Frames, Mesh
+from gateway.mesh import DRAINING, Frames, Mesh
 from gateway.schema import error_object
 from gateway.stream import EventLog, encode_stills, ending
-from runtime.errors import InvalidInput, RequestFailed
+from runtime.errors import InvalidInput, NotReady, RequestFailed
 from runtime.log import get_logger
 from runtime.protocol import Completed, Progress, Request
 from runtime.sampling import ResolvedParams, Terms
@@ -34,6 +34,10 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 log = get_logger("jobs")
+
+
+class TooLate(Exception):
+    """An accepted job found the mesh draining. It is not over: its readers wait, and `resume()` takes it up."""
 
 
 @dataclass
@@ -60,7 +64,7 @@ class JobRunner:
         """Accept a job: it is in the store before this returns. A key that was used before returns its job.
 
         Raises:
-            NotReady: the model is not loaded yet.
+            NotReady: the model is not loaded yet, or the mesh drains.
             InvalidInput: the prompt has too many tokens, or the key belongs to a different request.
         """
         job = Job(
@@ -88,6 +92,8 @@ class JobRunner:
         self.outputs.open()
         for job in await self._store.unfinished():
             final = self.outputs.final(job.id)
+            # The frames come again from the first one.
+            self.outputs.fragments(job.id).unlink(missing_ok=True)
             if final.exists():
                 # The process died between finishing the file and noting it.
                 done = {"progress": 100, "frames_done": job.params.num_frames, "output_file": final.name}
@@ -152,6 +158,9 @@ class JobRunner:
         """One job to its end. A cancelled task ends nothing here: who cancelled it knows whether the job is over."""
         try:
             await self._attempt(live, request)
+        except TooLate:
+            log.warning("a job came too late for this mesh and waits in the store for the next one", job=live.job.id)
+            return
         except Exception as error:
             log.exception("a job failed in the gateway", job=live.job.id)
             await self._give_up(live, f"the gateway failed: {type(error).__name__}; its log says more")
@@ -160,7 +169,11 @@ class JobRunner:
     async def _attempt(self, live: LiveJob, request: Request | None) -> None:
         try:
             timings, output_file = await self._generate(live, request)
+        except NotReady as error:
+            raise TooLate from error
         except RequestFailed as error:
+            if error.code == DRAINING:
+                raise TooLate from error
             status: Status = "cancelled" if error.code == "cancelled" else "failed"
             await self._end(live, status, error_code=error.code, error_message=error.reason)
         else:
@@ -177,12 +190,13 @@ class JobRunner:
 
     async def _generate(self, live: LiveJob, request: Request | None) -> tuple[dict[str, float], str]:
         """(seconds per stage, name of the finished file)."""
+        resumed, job = request is None, live.job
         if request is None:
             await self._mesh.wait_model()
-            request = await asyncio.to_thread(self._mesh.request, live.job.id, live.job.params, live.job.terms)
+            request = await asyncio.to_thread(self._mesh.request, job.id, job.params, job.terms, resumed=True)
         output_file = ""
         with contextlib.closing(Recording(self.outputs, live.job)) as recording:
-            async with contextlib.aclosing(self._mesh.run(request)) as events:
+            async with contextlib.aclosing(self._mesh.run(request, resumed=resumed)) as events:
                 async for event in events:
                     match event:
                         case Progress():
@@ -207,7 +221,7 @@ class JobRunner:
         live.job = msgspec.structs.replace(
             job,
             status="queued" if queued else "in_progress",
-            started_at=None if queued else job.started_at or time.time(),
+            started_at=job.started_at if queued else job.started_at or time.time(),
             step=step,
             progress=max(job.progress, DENOISE_SHARE * step // max(job.total_steps, 1)),
             eta_s=round(event.eta_s, 3),

@@ -1,9 +1,10 @@
-"""Frames to JPEG, PNG and contact sheets; knows no video container and no HTTP."""
+"""Frames to PNG, WebP, JPEG and contact sheets; knows no video container and no HTTP."""
 
 from __future__ import annotations
 
 import io
 import math
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,6 +12,12 @@ from PIL import Image, ImageDraw
 from PIL.PngImagePlugin import PngInfo
 
 from gateway.media.metadata import a1111_line, to_json
+
+StillFormat = Literal["png", "webp", "jpeg"]
+SUFFIXES: dict[str, StillFormat] = {f".{name}": name for name in get_args(StillFormat)} | {".jpg": "jpeg"}
+"""File name ending -> format."""
+FULL_QUALITY = 100
+EXIF_DESCRIPTION, EXIF_IFD, EXIF_USER_COMMENT = 0x010E, 0x8769, 0x9286
 
 GAP = 6
 BACKGROUND = (22, 22, 26)
@@ -35,6 +42,25 @@ def png(frame: NDArray[np.uint8], metadata: dict[str, object] | None = None) -> 
     sink = io.BytesIO()
     # Level 6 takes four times as long and saves little on frames with texture.
     Image.fromarray(frame).save(sink, "PNG", compress_level=1, pnginfo=chunks)
+    return sink.getvalue()
+
+
+def still(
+    frame: NDArray[np.uint8], kind: StillFormat, metadata: dict[str, object] | None = None, quality: int = FULL_QUALITY
+) -> bytes:
+    """One (height, width, 3) RGB frame as a file; ``quality`` (0 to 100) is for WebP and JPEG.
+
+    These hold ``metadata`` as EXIF: A1111's line form as UserComment, JSON as ImageDescription.
+    """
+    if kind == "png":
+        return png(frame, metadata)
+    exif = Image.Exif()
+    if metadata is not None:
+        exif[EXIF_DESCRIPTION] = to_json(metadata)
+        exif.get_ifd(EXIF_IFD)[EXIF_USER_COMMENT] = b"UNICODE\0" + a1111_line(metadata).encode("utf-16-be")
+    sink = io.BytesIO()
+    subsampling = {"subsampling": 0} if kind == "jpeg" else {}
+    Image.fromarray(frame).save(sink, kind.upper(), quality=quality, exif=exif, **subsampling)
     return sink.getvalue()
 
 

@@ -22,6 +22,6 @@ async def ready(request: Request) -> Response:
     mesh: Mesh = request.app.state.mesh
     state = mesh.state
     answer = {"reason": state.reason, "ranks_ready": state.ranks_ready, "num_ranks": state.num_ranks}
-    if state.ready:
+    if state.ready and not state.draining:
         return reply({"status": "ready"} | answer)
-    return reply({"status": "not_ready"} | answer, 503, {"retry-after": "1"})
+    return reply({"status": "draining" if state.draining else "not_ready"} | answer, 503, {"retry-after": "1"})

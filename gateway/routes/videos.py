@@ -15,7 +15,7 @@ from starlette.responses import FileResponse, Response
 from gateway.jobs.outputs import VIDEO_ID
 from gateway.jobs.runner import JobRunner
 from gateway.jobs.store import Job, Order
-from gateway.schema import VideoCreate, account, read_video_create, reply, resolve, video_object
+from gateway.schema import VideoCreate, account, read_body, reply, resolve, video_object
 from gateway.stream import tell_ended, tell_live
 from runtime.errors import InvalidInput
 from runtime.sampling import check_terms
@@ -54,7 +54,7 @@ async def create(
     request: Request, runner: Runner, idempotency_key: Annotated[str | None, Header(max_length=255)] = None
 ) -> Response:
     state = request.app.state
-    body = await read_video_create(request)
+    body = await read_body(request, VideoCreate)
     params = resolve(body, state.card, state.config.model_name, state.config.max_prompt_chars)
     terms = check_terms(body.priority, body.timeout, account(request))
     return reply(video_object(await runner.submit(params, terms, idempotency_key)))

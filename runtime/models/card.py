@@ -10,7 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
+import msgspec
+
 from runtime.errors import InvalidInput
+from runtime.models.flux import FluxCard
+from runtime.models.qwen_image import QwenImageCard
 from runtime.models.wan import WanCard
 from runtime.sampling import ResolvedParams, SamplingParams
 
@@ -30,6 +34,11 @@ class Card(Protocol):
     @property
     def task_type(self) -> str:
         """T2V, T2I, I2V …"""
+        ...
+
+    @property
+    def decodes_in_strips(self) -> bool:
+        """Whether the ranks can share a decode, each with a strip of the rows."""
         ...
 
     @property
@@ -81,7 +90,11 @@ class Card(Protocol):
         ...
 
 
-FAMILIES: dict[str, Callable[[Configs], Card]] = {"WanPipeline": WanCard.from_configs}
+FAMILIES: dict[str, Callable[[Configs], Card]] = {
+    "FluxPipeline": FluxCard.from_configs,
+    "QwenImagePipeline": QwenImageCard.from_configs,
+    "WanPipeline": WanCard.from_configs,
+}
 """Pipeline class in `model_index.json` -> card."""
 
 
@@ -138,8 +151,8 @@ def card_for(configs: Configs) -> Card:
 
 def most_branches(card: Card) -> int:
     """Guidance branches of a step with everything that the family guides by."""
-    guided = SamplingParams(prompt="a", negative_prompt="b", guidance_scale=4.0)
-    return len(card.branches(card.check(guided), 0))
+    plain = card.check(SamplingParams(prompt="a"))
+    return len(card.branches(msgspec.structs.replace(plain, guidance_scale=4.0, true_cfg_scale=4.0), 0))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Any
 
 import ftfy
 
+from runtime.bounds import MAX_PROMPT_CHARS
 from runtime.errors import InvalidInput
 from runtime.sampling import ResolvedParams, SamplingParams
 
@@ -51,6 +52,7 @@ class WanCard:
     pipeline_class: str = "WanPipeline"
     task_type: str = "T2V"
     decode_streams: str = "per latent frame"
+    decodes_in_strips: bool = True
 
     @staticmethod
     def from_configs(configs: dict[str, dict[str, Any]]) -> WanCard:
@@ -77,6 +79,9 @@ class WanCard:
     def check(self, params: SamplingParams) -> ResolvedParams:
         if not params.prompt.strip():
             raise InvalidInput("prompt", "is empty; say what to generate", code="missing_required_parameter")
+        for name in ("prompt", "negative_prompt"):
+            if (length := len(getattr(params, name) or "")) > MAX_PROMPT_CHARS:
+                raise InvalidInput(name, f"has {length} characters, at most {MAX_PROMPT_CHARS} are taken")
         height = self._size("height", params.height, self.spatial * self.patch[1])
         width = self._size("width", params.width, self.spatial * self.patch[2])
         seed = secrets.randbelow(2**31) if params.seed is None else params.seed
@@ -85,6 +90,8 @@ class WanCard:
         guidance = self._default("guidance_scale", params.guidance_scale)
         if not 0 <= guidance <= 100:
             raise InvalidInput("guidance_scale", f"{guidance} is out of range; take 0 to 100 (1 or less: no guidance)")
+        if params.true_cfg_scale is not None and params.true_cfg_scale > 1:
+            raise InvalidInput("true_cfg_scale", "is for image models; Wan's is guidance_scale")
         return ResolvedParams(
             prompt=params.prompt,
             negative_prompt=params.negative_prompt or "",

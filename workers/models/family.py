@@ -6,8 +6,8 @@ without weights; this half loads, encodes, prepares, feeds and advances one step
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,7 +16,9 @@ import torch
 from runtime.config import Config
 from runtime.models.card import Card
 from runtime.protocol import Request, TokenizerExport
+from workers.models.flux import FluxFamily
 from workers.models.loading import Loader
+from workers.models.qwen_image import QwenImageFamily
 from workers.models.wan import WanFamily
 from workers.parallel.comm import ALONE, Group
 from workers.parallel.sequence import SequencePlan
@@ -27,18 +29,20 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Precisions:
-    """Names as in `Config`: fp32, bf16, fp16."""
+    """Names as in `Config`: fp32, bf16, fp16. A second text encoder that is not named is as the first."""
 
     dit: str
     vae: str
     text_encoder: str
+    text_encoder_2: str
 
     @staticmethod
     def resolve(config: Config, device: torch.device) -> Precisions:
         """Unset: the denoiser bf16 on CUDA and fp32 on the CPU, the VAE fp32, encoders as the denoiser."""
         dit = config.dit_precision or ("bf16" if device.type == "cuda" else "fp32")
         encoders = config.text_encoder_precisions
-        return Precisions(dit, config.vae_precision or "fp32", encoders[0] if encoders else dit)
+        first = encoders[0] if encoders else dit
+        return Precisions(dit, config.vae_precision or "fp32", first, encoders[1] if len(encoders) > 1 else first)
 
 
 class Family(Protocol):
@@ -79,9 +83,16 @@ class Family(Protocol):
         ...
 
 
+LOADERS: dict[str, Callable[[Path, Any, Config, Loader, dict[str, torch.dtype]], Family]] = {
+    "flux": FluxFamily.load,
+    "qwen_image": QwenImageFamily.load,
+    "wan": WanFamily.load,
+}
+"""`card.family` -> what loads it."""
+
+
 def load_family(folder: Path, card: Card, config: Config, loader: Loader) -> tuple[Family, Precisions]:
     """The family's modules with their weights on the device, or this rank's share of them."""
     precisions = Precisions.resolve(config, loader.device)
-    dtypes = {name: DTYPES[getattr(precisions, name)] for name in ("dit", "vae", "text_encoder")}
-    assert card.family == "wan", card.family
-    return WanFamily.load(folder, card, config, loader, dtypes), precisions
+    dtypes = {name: DTYPES[precision] for name, precision in asdict(precisions).items()}
+    return LOADERS[card.family](folder, card, config, loader, dtypes), precisions

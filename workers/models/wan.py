@@ -214,7 +214,9 @@ class WanFamily:
     ) -> RequestState:
         solver = copy.deepcopy(self.solver)
         solver.set_timesteps(request.params.num_inference_steps, device=self.device)
-        solver.set_begin_index(0)
+        if hasattr(solver, "set_begin_index"):
+            # Solvers that are told the timestep have no count of their own.
+            solver.set_begin_index(0)
         latents = randn_tensor(
             self.card.latent_shape(request.params), generator=generator, device=self.device, dtype=torch.float32
         )
@@ -234,8 +236,7 @@ class WanFamily:
         if "uncond" in predictions:
             uncond = predictions["uncond"]
             prediction = uncond + state.params.guidance_scale * (prediction - uncond)
-        state.latents = state.solver.step(prediction, state.timestep, state.latents, return_dict=False)[0]
-        state.step += 1
+        state.advance(prediction)
 
     def decode(self, state: RequestState, group: Group = ALONE) -> Iterator[torch.Tensor]:
         latents = state.latents.to(self.vae.dtype)

@@ -15,24 +15,25 @@ import torch
 from workers.parallel.comm import Group
 
 
-def gather_tokens(x_NBSHD: torch.Tensor, sizes: Sequence[int], group: Group) -> torch.Tensor:
-    """(N, B, S/n, H, D) -> (N, B, S, H/n, D); `sizes[rank]` tokens come from each rank."""
-    heads = group.share(x_NBSHD.shape[3])
-    mine, held = sizes[group.rank], heads[group.rank]
+def gather_tokens(tensors_BSHD: Sequence[torch.Tensor], sizes: Sequence[int], group: Group) -> tuple[torch.Tensor, ...]:
+    """(B, S/n, H, D) each -> (B, S, H/n, D) each, in one collective; `sizes[rank]` tokens come from each rank."""
+    batch, mine, num_heads, dim = tensors_BSHD[0].shape
+    heads = group.share(num_heads)
+    held = heads[group.rank]
     send, receive = [mine * count for count in heads], [size * held for size in sizes]
     # Rows (peer, token, head): one copy here, and what arrives is already in the order of tokens.
-    x_SHNBD = x_NBSHD.permute(2, 3, 0, 1, 4)
-    rows = x_NBSHD.new_empty(sum(send), *x_SHNBD.shape[2:])
-    for block, part in zip(rows.split(send), x_SHNBD.split(heads, dim=1), strict=True):
-        block.view_as(part).copy_(part)
-    received = group.all_to_all(rows, send, receive)
-    return received.unflatten(0, (sum(sizes), held)).permute(2, 3, 0, 1, 4)
+    rows = tensors_BSHD[0].new_empty(sum(send), len(tensors_BSHD), batch, dim)
+    for place, x_BSHD in enumerate(tensors_BSHD):
+        for block, part in zip(rows[:, place].split(send), x_BSHD.permute(1, 2, 0, 3).split(heads, dim=1), strict=True):
+            block.unflatten(0, part.shape[:2]).copy_(part)
+    received = group.all_to_all(rows, send, receive).unflatten(0, (sum(sizes), held))
+    return tuple(x_SHBD.permute(2, 0, 1, 3) for x_SHBD in received.unbind(2))
 
 
-def gather_heads(x_NBSHD: torch.Tensor, sizes: Sequence[int], heads: Sequence[int], group: Group) -> torch.Tensor:
-    """(N, B, S, H/n, D) -> (N, B, S/n, H, D); `heads[rank]` heads come from each rank."""
+def gather_heads(x_BSHD: torch.Tensor, sizes: Sequence[int], heads: Sequence[int], group: Group) -> torch.Tensor:
+    """(B, S, H/n, D) -> (B, S/n, H, D); `heads[rank]` heads come from each rank."""
     mine, held = sizes[group.rank], heads[group.rank]
     send, receive = [size * held for size in sizes], [mine * count for count in heads]
-    received = group.all_to_all(x_NBSHD.permute(2, 3, 0, 1, 4).flatten(0, 1), send, receive)
+    received = group.all_to_all(x_BSHD.permute(1, 2, 0, 3).flatten(0, 1), send, receive)
     parts = [part.unflatten(0, (mine, count)) for part, count in zip(received.split(receive), heads, strict=True)]
-    return torch.cat(parts, dim=1).permute(2, 3, 0, 1, 4)
+    return torch.cat(parts, dim=1).permute(2, 0, 1, 3)

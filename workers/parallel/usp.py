@@ -73,7 +73,7 @@ def usp_attention(
     else:
         out = kernel.attend(q, k, v, bias)
     if groups.ulysses.size > 1:
-        out = ulysses.gather_heads(out.unsqueeze(0), row, heads, groups.ulysses).squeeze(0)
+        out = ulysses.gather_heads(out, row, heads, groups.ulysses)
     return out
 
 
@@ -124,10 +124,10 @@ def _gather(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Heads for tokens, in one collective where q and k have the same shares."""
     if list(q_row) == list(kv_row):
-        q, k, v = ulysses.gather_tokens(torch.stack((q, k, v)), q_row, groups.ulysses).unbind(0)
+        q, k, v = ulysses.gather_tokens((q, k, v), q_row, groups.ulysses)
         return q, k, v
-    (q,) = ulysses.gather_tokens(q.unsqueeze(0), q_row, groups.ulysses).unbind(0)
-    k, v = ulysses.gather_tokens(torch.stack((k, v)), kv_row, groups.ulysses).unbind(0)
+    (q,) = ulysses.gather_tokens((q,), q_row, groups.ulysses)
+    k, v = ulysses.gather_tokens((k, v), kv_row, groups.ulysses)
     return q, k, v
 
 

@@ -1,0 +1,174 @@
+"""/v1/images: OpenAI's Images API, answered when the pictures are there. A client that leaves cancels its request."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import re
+import secrets
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+from fastapi import APIRouter, Request
+from starlette.responses import FileResponse, Response
+
+from gateway.jobs.runner import MODEL_PATIENCE_S
+from gateway.media.metadata import generation_metadata
+from gateway.media.stills import FULL_QUALITY, still
+from gateway.mesh import Frames, Mesh
+from gateway.schema import ImageCreate, account, error_body, read_body, reply, resolve
+from runtime.errors import InvalidInput, RequestFailed
+from runtime.protocol import Request as Generation
+from runtime.sampling import ResolvedParams, check_terms
+
+IMAGE_ID = re.compile(r"image_[0-9a-f]+")
+CLIENT_LEFT = 499
+"""For the access log; nobody reads the answer."""
+STATUS = {"out_of_memory": 400, "draining": 503, "gateway_lost": 503}
+"""Of a request that failed; everything else is 500."""
+
+router = APIRouter(prefix="/v1/images")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One finished image."""
+
+    id: str
+    file: bytes
+    seed: int
+    timings: dict[str, float]
+
+
+_BODY = {"schema": ImageCreate.model_json_schema()}
+_CREATE = {
+    "requestBody": {"required": True, "content": {"application/json": _BODY, "multipart/form-data": _BODY}},
+}
+
+
+@router.post("/generations", openapi_extra=_CREATE)
+async def generate(request: Request) -> Response:
+    if "idempotency-key" in request.headers:
+        raise InvalidInput("Idempotency-Key", "is for /v1/videos; an image is answered at once and not remembered")
+    state = request.app.state
+    body = await read_body(request, ImageCreate)
+    params = resolve(body, state.card, state.config.model_name, state.config.max_prompt_chars)
+    created = int(time.time())
+    try:
+        pictures = await _unless_client_leaves(request, _make_all(request, body, params))
+    except RequestFailed as error:
+        return _failed(error)
+    if pictures is None:
+        return Response(status_code=CLIENT_LEFT)
+    return reply(await _answer(request, body, params, created, pictures))
+
+
+@router.get("/{image_id}/content", name="image_content", response_class=FileResponse)
+async def content(image_id: str, request: Request) -> Response:
+    folder = _folder(request)
+    found = sorted(folder.glob(f"{image_id}.*")) if IMAGE_ID.fullmatch(image_id) else []
+    if not found:
+        raise InvalidInput("image_id", f"there is no image {image_id!r}", code="image_not_found")
+    media_type = f"image/{found[0].suffix.removeprefix('.')}"
+    return FileResponse(found[0], media_type=media_type, filename=found[0].name, content_disposition_type="inline")
+
+
+async def _make_all(request: Request, body: ImageCreate, params: ResolvedParams) -> list[Picture]:
+    """`body.n` pictures whose seeds count up; if one fails the others are cancelled."""
+    mesh: Mesh = request.app.state.mesh
+    if params.seed + body.n > 2**63:
+        raise InvalidInput("seed", f"{params.seed} leaves no room for {body.n} images; take a smaller one")
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(mesh.wait_model(), MODEL_PATIENCE_S)
+    terms = check_terms(body.priority, body.timeout, account(request))
+    first = await asyncio.to_thread(mesh.request, _new_image_id(), params, terms)
+    wanted = [
+        msgspec.structs.replace(first, id=_new_image_id(), params=msgspec.structs.replace(params, seed=seed))
+        for seed in range(params.seed, params.seed + body.n)
+    ]
+    try:
+        async with asyncio.TaskGroup() as group:
+            tasks = [group.create_task(_make(request, body, generation)) for generation in wanted]
+    except ExceptionGroup as failed:
+        raise failed.exceptions[0] from failed
+    return [task.result() for task in tasks]
+
+
+async def _make(request: Request, body: ImageCreate, generation: Generation) -> Picture:
+    frame, timings = None, {}
+    async with contextlib.aclosing(request.app.state.mesh.run(generation)) as events:
+        async for event in events:
+            if isinstance(event, Frames):
+                frame, timings = event.pixels[0], event.timings
+    assert frame is not None, "completed without a picture"
+    params = generation.params
+    metadata = generation_metadata(params, request.app.state.config.model_name, timings)
+    quality = FULL_QUALITY if body.output_compression is None else body.output_compression
+    file = await asyncio.to_thread(still, frame, body.output_format, metadata, quality)
+    return Picture(generation.id, file, params.seed, timings)
+
+
+async def _unless_client_leaves(request: Request, work: Coroutine[Any, Any, list[Picture]]) -> list[Picture] | None:
+    """The work's result, or None if the client closed the connection first; the work is cancelled then."""
+    made, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
+    try:
+        await asyncio.wait({made, gone}, return_when=asyncio.FIRST_COMPLETED)
+        return made.result() if made.done() else None
+    finally:
+        for task in (made, gone):
+            task.cancel()
+        await asyncio.gather(made, gone, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _answer(
+    request: Request, body: ImageCreate, params: ResolvedParams, created: int, pictures: list[Picture]
+) -> dict[str, Any]:
+    """OpenAI's ImagesResponse, and what we know beyond it."""
+    mesh: Mesh = request.app.state.mesh
+    return {
+        "created": created,
+        "data": [await _entry(request, body, picture) for picture in pictures],
+        "output_format": body.output_format,
+        "size": f"{params.width}x{params.height}",
+        "warnings": await asyncio.to_thread(mesh.warnings, params),
+    }
+
+
+async def _entry(request: Request, body: ImageCreate, picture: Picture) -> dict[str, Any]:
+    known = {"id": picture.id, "seed": picture.seed, "timings": picture.timings}
+    if body.response_format == "b64_json":
+        return {"b64_json": (await asyncio.to_thread(base64.b64encode, picture.file)).decode()} | known
+    path = _folder(request) / f"{picture.id}.{body.output_format}"
+    await asyncio.to_thread(_write, path, picture.file)
+    return {"url": str(request.url_for("image_content", image_id=picture.id))} | known
+
+
+def _write(path: Path, file: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(file)
+
+
+def _failed(error: RequestFailed) -> Response:
+    status = STATUS.get(error.code, 500)
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    headers = {"retry-after": "5"} if status == 503 else {"x-should-retry": "false"}
+    return reply(error_body(error.reason, kind, None, error.code), status, headers)
+
+
+def _folder(request: Request) -> Path:
+    return Path(request.app.state.config.output_path) / "images"
+
+
+def _new_image_id() -> str:
+    """Ordered by time, and not to be guessed from another one."""
+    return f"image_{time.time_ns():016x}{secrets.token_hex(8)}"
