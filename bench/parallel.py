@@ -154,6 +154,8 @@ def crew(args: argparse.Namespace, num_ranks: int, threads: int) -> Iterator[lis
         for process in processes:
             process.kill()
             process.wait()
+            for pipe in (process.stdin, process.stdout):
+                cast(IO[str], pipe).close()
 
 
 def ask(processes: list[subprocess.Popen[str]], layout: Layout) -> list[dict[str, float]]:
