@@ -44,7 +44,7 @@ class Executor:
         self.in_collectives = False
         """After an error: it was raised between collectives, in which other ranks may wait for this one."""
         self.sharded = False
-        """Weights are gathered from other ranks, in every forward."""
+        """Encoders work together with other ranks, in every forward: weights are gathered, or layers shared."""
         self.decode_group: Group = ALONE
         """With whom this rank decodes when an item names several ranks."""
         self._family = family

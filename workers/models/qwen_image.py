@@ -20,9 +20,10 @@ from runtime.models.qwen_image import MAX_TEXT_TOKENS, TEMPLATE_TOKENS, QwenImag
 from runtime.protocol import Request, TokenizerExport
 from workers.attention.backends import Attend, as_bias
 from workers.models.loading import Loader, load_scheduler
-from workers.models.still import flow_solver, packed_noise, to_pixels, unpack
+from workers.models.still import decode_still, flow_solver, packed_noise, unpack
 from workers.parallel.comm import ALONE, Group
 from workers.parallel.sequence import SequencePlan, Split
+from workers.parallel.vae import StripParallel
 from workers.state import RequestState
 
 PROMPTS = {"cond": "prompt", "uncond": "negative_prompt"}
@@ -105,6 +106,7 @@ class QwenImageFamily:
     denoiser: Any
     vae: Any
     solver: Any
+    strips: StripParallel
     sequence_plan: SequencePlan = SEQUENCE_PLAN
     attention_processor: type[Any] = QwenImageAttention
 
@@ -112,12 +114,14 @@ class QwenImageFamily:
     def load(
         folder: Path, card: QwenImageCard, config: Config, loader: Loader, dtypes: dict[str, torch.dtype]
     ) -> QwenImageFamily:
-        language = loader.text_encoder(
-            Qwen2_5_VLForConditionalGeneration, folder / "text_encoder", dtypes["text_encoder"]
+        text_encoder = loader.text_encoder(
+            Qwen2_5_VLForConditionalGeneration,
+            folder / "text_encoder",
+            dtypes["text_encoder"],
+            used="model",
+            # A text-only prompt needs neither the eyes nor the words that would come next.
+            unused=("model.visual", "lm_head"),
         )
-        # A text-only prompt needs neither the eyes nor the words that would come next.
-        text_encoder = language.model
-        text_encoder.visual = None
         denoiser = loader.denoiser(QwenImageTransformer2DModel, folder / "transformer", dtypes["dit"])
         vae = loader.whole(AutoencoderKLQwenImage, folder / "vae", dtypes["vae"])
         if config.vae_tiling:
@@ -130,6 +134,7 @@ class QwenImageFamily:
             denoiser=denoiser,
             vae=vae,
             solver=load_scheduler(folder),
+            strips=StripParallel(vae.decoder),
         )
 
     @property
@@ -196,7 +201,7 @@ class QwenImageFamily:
         config = self.vae.config
         mean = latents.new_tensor(config.latents_mean).view(1, -1, 1, 1, 1)
         std = 1.0 / latents.new_tensor(config.latents_std).view(1, -1, 1, 1, 1)
-        yield to_pixels(self.vae.decode(latents / std + mean, return_dict=False)[0][:, :, 0])
+        yield decode_still(self.vae, latents / std + mean, self.strips, group)
 
 
 def pad_text(prompts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:
