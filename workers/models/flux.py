@@ -5,7 +5,7 @@ Follows `diffusers.FluxPipeline` formula by formula, so that the same seed gives
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,7 +105,7 @@ class FluxFamily:
     vae: Any
     solver: Any
     sequence_plan: SequencePlan = SEQUENCE_PLAN
-    attention_processor: type[Any] = FluxAttention
+    attention_processor: Callable[[Attend], Any] = FluxAttention
 
     @staticmethod
     def load(

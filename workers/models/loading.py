@@ -18,6 +18,9 @@ from torch.distributed.device_mesh import DeviceMesh
 from runtime.log import get_logger
 from workers.parallel import fsdp
 
+LANGUAGE_PREFIXES = ("model.language_model.", "model.")
+"""Before the names of a vision-language model's text layers, as transformers 5 and as earlier ones save them."""
+
 log = get_logger("loading")
 
 
@@ -47,32 +50,42 @@ class Loader:
     def text_encoder(self, cls: Any, folder: Path, dtype: torch.dtype) -> Any:
         return self._sharded(cls, folder, dtype)
 
-    def _sharded(self, cls: Any, folder: Path, dtype: torch.dtype) -> Any:
+    def language_model(self, cls: Any, inner: Any, folder: Path, dtype: torch.dtype) -> Any:
+        """The `inner` language model of a vision-language `cls`, of which a text-only prompt needs nothing else."""
+        if self.mesh is None:
+            return self.whole(cls, folder, dtype).model.language_model
+        return self._sharded(inner, folder, dtype, LANGUAGE_PREFIXES)
+
+    def _sharded(self, cls: Any, folder: Path, dtype: torch.dtype, prefixes: tuple[str, ...] = ()) -> Any:
         if self.mesh is None:
             return self.whole(cls, folder, dtype)
         module = empty_module(cls, folder, dtype)
         fsdp.shard(module, self.mesh)
-        fill(module, Weights(folder), self.device, fsdp.local_slices, fsdp.with_local)
+        fill(module, Weights(folder, prefixes), self.device, fsdp.local_slices, fsdp.with_local)
         fsdp.log_resident("weights loaded", module)
         return module
 
 
 class Weights:
-    """The safetensors files of one component; knows where each tensor is and how many bytes were read."""
+    """The safetensors files of one component; knows where each tensor is and how many bytes were read.
 
-    def __init__(self, folder: Path) -> None:
+    The first of `prefixes` that a name in the files begins with is left out of it.
+    """
+
+    def __init__(self, folder: Path, prefixes: tuple[str, ...] = ()) -> None:
         self.bytes_read = 0
-        self._files = {key: file for file in weight_files(folder) for key in _keys(file)}
+        self._files = {_without(prefixes, key): (file, key) for file in weight_files(folder) for key in _keys(file)}
 
     def __contains__(self, key: str) -> bool:
         return key in self._files
 
     def read(self, key: str, part: tuple[slice, ...]) -> torch.Tensor:
         """A slice of a tensor; the rest of it stays on disk."""
-        with safe_open(self._files[key], framework="pt") as file:
-            view = file.get_slice(key)
+        path, name = self._files[key]
+        with safe_open(path, framework="pt") as file:
+            view = file.get_slice(name)
             # A scalar cannot be sliced, and an empty slice need not be read.
-            tensor: torch.Tensor = view[part] if part else file.get_tensor(key)
+            tensor: torch.Tensor = view[part] if part else file.get_tensor(name)
             # The slice is a view of the mapped file: only a copy lets go of it.
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         self.bytes_read += tensor.numel() * tensor.element_size()
@@ -88,6 +101,10 @@ def weight_files(folder: Path) -> list[Path]:
         if (folder / f"{name}.safetensors").is_file():
             return [folder / f"{name}.safetensors"]
     return sorted(folder.glob("*.safetensors"))
+
+
+def _without(prefixes: tuple[str, ...], key: str) -> str:
+    return key.removeprefix(next((prefix for prefix in prefixes if key.startswith(prefix)), ""))
 
 
 def _keys(file: Path) -> list[str]:
