@@ -256,10 +256,12 @@ def drain(
         Parameter(help="Seconds that running work gets to end before it is checkpointed; unset: the mesh's own."),
     ] = None,
     mesh: MeshPlace = None,
+    curve_dir: CurveDir = None,
 ) -> int:
     """Have a running mesh finish its work, take no more, and stop; waits for it."""
     from launch.observe import drain_mesh
 
+    _use_keys(curve_dir)
     drain_mesh(mesh, timeout, _say)
     return 0
 

@@ -11,7 +11,7 @@ from typing import Annotated
 from msgspec import Meta
 
 MAX_PROMPT_CHARS = 1_000_000
-MAX_ID_CHARS = 256
+MAX_ID_CHARS = 1024
 MAX_REQUESTS = 100_000
 """In one message; all that a gateway may have to submit again to a new scheduler."""
 
@@ -37,7 +37,7 @@ SomeFrames = Annotated[int, Meta(ge=1, le=1_000_000)]
 Pixels = Annotated[int, Meta(ge=1, le=65_536)]
 Priority = Annotated[int, Meta(ge=-1000, le=1000)]
 Guidance = Annotated[float, Meta(ge=-1000, le=1000)]
-Seconds = Annotated[float, Meta(ge=0, le=1e12)]
+Seconds = Annotated[float, Meta(ge=0, le=1e18)]
 """Neither NaN nor infinite: both fail a comparison."""
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 

@@ -124,7 +124,7 @@ def test_a_check_that_raises_is_a_finding_and_the_others_go_on():
 
 def test_settings():
     all_ok(doctor.check_settings)
-    worst(doctor.check_settings, "error", "ring_degree", num_gpus=2, ring_degree=2)
+    worst(doctor.check_settings, "error", "port", "70000 is not a port", port=70_000)
     worst(doctor.check_settings, "error", "sp_degree", num_gpus=3, sp_degree=2)
 
 

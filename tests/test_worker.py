@@ -269,9 +269,9 @@ def test_the_old_decoder_is_gone_before_the_new_one_is_made(mesh, rank, monkeypa
     request, alive, made = rank.request("r", num_frames=9), [], []
     right = rank.family.decode
 
-    def decode(state):
+    def decode(state, *group):
         alive.append([ref() is not None for ref in made])
-        decoder = right(state)
+        decoder = right(state, *group)
         made.append(weakref.ref(decoder))
         return decoder
 
