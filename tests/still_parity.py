@@ -7,7 +7,12 @@ from ranks import run_ranks
 from safetensors.torch import load_file
 
 BOUND = 1e-4
-TWO_RANKS = ({"ulysses_degree": 2}, {"ring_degree": 2}, {"enable_cfg_parallel": True})
+TWO_RANKS = (
+    {"ulysses_degree": 2},
+    {"ring_degree": 2},
+    {"enable_cfg_parallel": True},
+    {"use_fsdp_inference": True},
+)
 
 
 def oracle_of(pipeline, reference, plan):

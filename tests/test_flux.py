@@ -12,12 +12,15 @@ from still_parity import TWO_RANKS, check_equal, check_noticed, oracle_of, run_p
 from tiny_flux import build_tiny_flux, load_pipeline, reference
 
 from gateway.tokenize import PromptTokenizer
+from runtime.config import VaeConfig
 from runtime.errors import InvalidInput
 from runtime.layout import Layout
 from runtime.models.card import card_for, read_configs
 from runtime.models.flux import TEXT_TOKENS
 from runtime.protocol import ModelInfo, TokenizerExport
 from runtime.sampling import SamplingParams
+from workers.models.flux import tile
+from workers.models.still import to_pixels, unpack
 
 LONG = "a red circle moving right, a star over the sea; " * 12
 """More than CLIP's 77 tokens: it reads the beginning, T5 all of it."""
@@ -220,6 +223,23 @@ def test_a_model_that_takes_pictures_is_refused(dev):
     fill = configs | {"transformer": configs["transformer"] | {"in_channels": 384, "out_channels": 64}}
     with pytest.raises(InvalidInput, match="takes a picture as input"):
         card_for(fill)
+
+
+def test_tiles_are_the_vaes_own(dev, dev_oracle):
+    """64 pixels in tiles of 32, as the pipeline decodes them when it is told to tile."""
+    pipeline = load_pipeline(dev)
+    pipeline.vae.tile_sample_min_size, pipeline.vae.tile_latent_min_size = 32, 4
+    pipeline.vae.enable_tiling()
+    tiled = np.asarray(reference(pipeline, DEV["cases"]["square"], "pil")[0])
+    assert abs(tiled.astype(int) - dev_oracle["square"][1]).max() > 8
+    vae = load_pipeline(dev).vae
+    tile(vae, VaeConfig(tile_sample_min_height=32))
+    latents = unpack(dev_oracle["square"][0], (4, 4)) / vae.config.scaling_factor + vae.config.shift_factor
+    with torch.inference_mode():
+        pixels = to_pixels(vae.decode(latents, return_dict=False)[0])
+    assert np.abs(pixels[0].numpy().astype(int) - tiled).max() <= 1
+    with pytest.raises(InvalidInput, match="square"):
+        tile(vae, VaeConfig(tile_sample_min_height=32, tile_sample_min_width=64))
 
 
 # ---- two encoders, one prompt --------------------------------------------------------------------------------------

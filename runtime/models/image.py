@@ -9,6 +9,7 @@ import secrets
 from dataclasses import dataclass
 from typing import Any
 
+from runtime.bounds import MAX_PROMPT_CHARS
 from runtime.errors import InvalidInput
 from runtime.sampling import ResolvedParams, SamplingParams
 
@@ -45,6 +46,9 @@ class ImageCard:
     def check(self, params: SamplingParams) -> ResolvedParams:
         if not params.prompt.strip():
             raise InvalidInput("prompt", "is empty; say what to generate", code="missing_required_parameter")
+        for name in ("prompt", "negative_prompt"):
+            if (length := len(getattr(params, name) or "")) > MAX_PROMPT_CHARS:
+                raise InvalidInput(name, f"has {length} characters, at most {MAX_PROMPT_CHARS} are taken")
         for name, only in STILL.items():
             if getattr(params, name) not in {None, only}:
                 raise InvalidInput(name, f"{self.pipeline_class} makes single pictures; leave it out")

@@ -16,6 +16,7 @@ import torch
 from runtime.config import Config
 from runtime.models.card import Card
 from runtime.protocol import Request, TokenizerExport
+from workers.attention.backends import Attend
 from workers.models.flux import FluxFamily
 from workers.models.loading import Loader
 from workers.models.qwen_image import QwenImageFamily
@@ -50,8 +51,11 @@ class Family(Protocol):
 
     denoiser: torch.nn.Module
     sequence_plan: SequencePlan
-    attention_processor: type[Any]
-    """Made from an `Attend`; replaces the processors that `sequence_plan.attention` names."""
+
+    @property
+    def attention_processor(self) -> Callable[[Attend], Any]:
+        """Makes the processors that `sequence_plan.attention` names."""
+        ...
 
     def tokenizers(self) -> tuple[TokenizerExport, ...]:
         """What a gateway needs in order to tokenize for this model."""

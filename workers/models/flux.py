@@ -5,7 +5,7 @@ Follows `diffusers.FluxPipeline` formula by formula, so that the same seed gives
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,8 @@ from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers.models.embeddings import apply_rotary_emb
 from transformers import AutoTokenizer, CLIPTextModel, T5EncoderModel
 
-from runtime.config import Config
+from runtime.config import Config, VaeConfig
+from runtime.errors import InvalidInput
 from runtime.models.flux import TEXT_TOKENS, FluxCard
 from runtime.protocol import Request, TokenizerExport
 from workers.attention.backends import Attend
@@ -107,7 +108,7 @@ class FluxFamily:
     solver: Any
     strips: StripParallel
     sequence_plan: SequencePlan = SEQUENCE_PLAN
-    attention_processor: type[Any] = FluxAttention
+    attention_processor: Callable[[Attend], Any] = FluxAttention
 
     @staticmethod
     def load(
@@ -121,7 +122,7 @@ class FluxFamily:
             # Text-to-image never encodes pixels.
             vae.encoder = vae.quant_conv = None
         if config.vae_tiling:
-            vae.enable_tiling()
+            tile(vae, config.vae_config)
         tokenizers = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}
         return FluxFamily(
             card=card,
@@ -224,6 +225,21 @@ class FluxFamily:
         config = self.vae.config
         latents = (latents / config.scaling_factor + config.shift_factor).to(self.vae.dtype)
         yield decode_still(self.vae, latents, self.strips, group)
+
+
+def tile(vae: Any, wanted: VaeConfig) -> None:
+    """Switch on the VAE's own tiling, which knows square tiles only.
+
+    Raises:
+        InvalidInput: the tile's sides differ.
+    """
+    sides = {side for side in (wanted.tile_sample_min_height, wanted.tile_sample_min_width) if side is not None}
+    if len(sides) > 1:
+        raise InvalidInput("vae_config.tile_sample_min_width", "must equal the tile's height: this VAE's are square")
+    for side in sides:
+        vae.tile_sample_min_size = side
+        vae.tile_latent_min_size = side // 2 ** (len(vae.config.block_out_channels) - 1)
+    vae.enable_tiling()
 
 
 def positions(grid: tuple[int, int], device: torch.device) -> torch.Tensor:

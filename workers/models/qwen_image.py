@@ -5,8 +5,9 @@ Follows `diffusers.QwenImagePipeline` formula by formula, so that the same seed 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,8 @@ class QwenImageAttention:
     before the image, and nobody attends to its padding.
     """
 
-    def __init__(self, attend: Attend) -> None:
+    def __init__(self, padding: TextPadding, attend: Attend) -> None:
+        self._padding = padding
         self._attend = attend
 
     def __call__(
@@ -70,15 +72,29 @@ class QwenImageAttention:
         text_qkv = _project(encoder_hidden_states, attn.heads, text_angles, *text)
         image_qkv = _project(hidden_states, attn.heads, image_angles, *image)
         q, k, v = (torch.cat(pair, dim=1) for pair in zip(text_qkv, image_qkv, strict=True))
-        bias = None
-        if encoder_hidden_states_mask is not None:
-            keep = torch.nn.functional.pad(encoder_hidden_states_mask, (0, hidden_states.shape[1]), value=True)
-            bias = as_bias(keep, q.dtype)
+        bias = self._padding.bias(encoder_hidden_states_mask, hidden_states.shape[1], q.dtype)
         out = self._attend(q, k, v, key_bias=bias).flatten(2, 3).type_as(q)
         out_text, out_image = out.split((encoder_hidden_states.shape[1], hidden_states.shape[1]), dim=1)
         for layer in attn.to_out:
             out_image = layer(out_image)
         return out_image, attn.to_add_out(out_text)
+
+
+@dataclass
+class TextPadding:
+    """The score bias of the forward under way, made once for all blocks: they get the very same mask."""
+
+    _mask: torch.Tensor | None = None
+    _bias: torch.Tensor | None = None
+
+    def bias(self, mask: torch.Tensor | None, image_tokens: int, dtype: torch.dtype) -> torch.Tensor | None:
+        """(B, T), true for a token and false for padding -> (B, 1, 1, T + image tokens)."""
+        if mask is None:
+            return None
+        if mask is not self._mask:
+            keep = torch.nn.functional.pad(mask, (0, image_tokens), value=True)
+            self._mask, self._bias = mask, as_bias(keep, dtype)
+        return self._bias
 
 
 def _project(
@@ -108,7 +124,9 @@ class QwenImageFamily:
     solver: Any
     strips: StripParallel
     sequence_plan: SequencePlan = SEQUENCE_PLAN
-    attention_processor: type[Any] = QwenImageAttention
+    attention_processor: Callable[[Attend], Any] = field(
+        default_factory=lambda: functools.partial(QwenImageAttention, TextPadding())
+    )
 
     @staticmethod
     def load(

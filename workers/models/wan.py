@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -150,7 +150,7 @@ class WanFamily:
     text: FoldedText
     strips: StripParallel
     sequence_plan: SequencePlan = SEQUENCE_PLAN
-    attention_processor: type[Any] = WanAttention
+    attention_processor: Callable[[Attend], Any] = WanAttention
 
     @staticmethod
     def load(folder: Path, card: Card, config: Config, loader: Loader, dtypes: dict[str, torch.dtype]) -> WanFamily:

@@ -63,6 +63,7 @@ class SequenceParallel:
         self._groups = SOLO
         self._sizes: dict[str, list[int]] = {}
         self._biases: dict[tuple[int, int, tuple[str, ...]], tuple[Bias | None, Bias | None, Bias | None]] = {}
+        self._shares: dict[int, tuple[Any, Any]] = {}
         denoiser.register_forward_pre_hook(lambda module, args: self._forget())
         self._install(denoiser, plan, processor)
 
@@ -106,14 +107,15 @@ class SequenceParallel:
         return self._biases[key][2]
 
     def _forget(self) -> None:
-        self._sizes, self._biases = {}, {}
+        self._sizes, self._biases, self._shares = {}, {}, {}
 
     # ---- hooks ---------------------------------------------------------------------------------------------------
 
     def _install(self, denoiser: torch.nn.Module, plan: SequencePlan, processor: Callable[[Attend], Any]) -> None:
         for pattern, arguments in plan.split_inputs.items():
             for module in _named(denoiser, pattern):
-                module.register_forward_pre_hook(self._split_inputs(module, arguments), with_kwargs=True)
+                hook = self._split_inputs(module, arguments, shared="*" in pattern)
+                module.register_forward_pre_hook(hook, with_kwargs=True)
         for pattern, places in plan.split_outputs.items():
             for module in _named(denoiser, pattern):
                 module.register_forward_hook(self._split_outputs(places))
@@ -135,7 +137,17 @@ class SequenceParallel:
             raise ValueError(f"{split.stream} has {x.shape[split.dim]} tokens in one tensor and {known} in another")
         return x.split(sizes, dim=split.dim)[self._groups.sp.rank]
 
-    def _split_inputs(self, module: torch.nn.Module, arguments: dict[str, Split]) -> Callable[..., Any]:
+    def _split_shared(self, x: Any, split: Split) -> Any:
+        """What many modules take, split once per forward, so that they can tell that it is the same."""
+        if id(x) not in self._shares:
+            # The original is kept too: a freed tensor's id may come back.
+            self._shares[id(x)] = x, self._split(x, split)
+        return self._shares[id(x)][1]
+
+    def _split_inputs(
+        self, module: torch.nn.Module, arguments: dict[str, Split], *, shared: bool
+    ) -> Callable[..., Any]:
+        cut = self._split_shared if shared else self._split
         places = {name: place for place, name in enumerate(inspect.signature(module.forward).parameters)}
         assert arguments.keys() <= places.keys(), f"{type(module).__name__} takes {list(places)}"
 
@@ -145,9 +157,9 @@ class SequenceParallel:
             values, named = list(args), dict(kwargs)
             for name, how in arguments.items():
                 if name in named:
-                    named[name] = self._split(named[name], how)
+                    named[name] = cut(named[name], how)
                 elif places[name] < len(values):
-                    values[places[name]] = self._split(values[places[name]], how)
+                    values[places[name]] = cut(values[places[name]], how)
             return tuple(values), named
 
         return split
