@@ -164,7 +164,8 @@ def crew(args: argparse.Namespace, num_ranks: int, threads: int) -> Iterator[lis
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            # Closes the pipes and waits.
+            process.__exit__(None, None, None)
 
 
 def ask(processes: list[subprocess.Popen[str]], layout: Layout) -> list[dict[str, float]]:

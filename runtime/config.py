@@ -159,13 +159,7 @@ def check_config(config: Config) -> None:
     Raises:
         InvalidInput: names the field.
     """
-    if config.enable_cfg_parallel and config.cfg_degree == 1:
-        raise InvalidInput("cfg_parallel_size", "1 contradicts enable_cfg_parallel; take 2 or more, or leave it out")
-    _ = config.layout
-    if config.sp_engine == "yunchang" and config.device == "cpu":
-        raise InvalidInput("sp_engine", "yunchang needs CUDA and flash-attn; take native on the CPU")
-    if config.dist_backend == "nccl" and config.device == "cpu":
-        raise InvalidInput("dist_backend", "nccl moves CUDA tensors only; take gloo on the CPU")
+    _check_parallel(config)
     if not 0 <= config.port <= 65535:
         raise InvalidInput("port", f"{config.port} is not a port; take 0 (any free one) to 65535")
     if not config.vae_config.load_decoder:
@@ -182,6 +176,17 @@ def check_config(config: Config) -> None:
         value = getattr(config.vae_config, name)
         if value is not None and value < 64:
             raise InvalidInput(f"vae_config.{name}", f"{value} is below the smallest tile of 64 pixels")
+
+
+def _check_parallel(config: Config) -> None:
+    if config.enable_cfg_parallel and config.cfg_degree == 1:
+        raise InvalidInput("cfg_parallel_size", "1 contradicts enable_cfg_parallel; take 2 or more, or leave it out")
+    if config.layout.num_ranks == 1 and config.sp_engine != "native":
+        raise InvalidInput("sp_engine", f"{config.sp_engine} has nothing to do on one rank; leave it out")
+    if config.sp_engine == "yunchang" and config.device == "cpu":
+        raise InvalidInput("sp_engine", "yunchang needs CUDA and flash-attn; take native on the CPU")
+    if config.dist_backend == "nccl" and config.device == "cpu":
+        raise InvalidInput("dist_backend", "nccl moves CUDA tensors only; take gloo on the CPU")
 
 
 def fit_layout(config: Config, card: Heads, branches: int) -> Config:

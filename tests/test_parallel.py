@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from ranks import run_ranks
 from ranks_attention import noise, whole
 
-from bench.parallel import layouts, measure
+from bench.parallel import ask, bytes_per_step, card, crew, layouts, params_of
 from runtime.config import Config
 from runtime.errors import InvalidInput
 from runtime.layout import Layout
@@ -92,14 +92,14 @@ def test_yunchang_agrees(reports, num_ranks):
             assert difference <= BOUND, name
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_a_step_sends_what_the_formula_says(num_ranks):
-    """Counted while the executor runs real steps; 64 tokens and 8 heads divide by every degree."""
-    args = argparse.Namespace(ranks=num_ranks, pairs=1, steps=1, frames=1, size=128)
-    rows = measure(args)["layouts"]
-    assert len(rows) == len(layouts(num_ranks))
-    for layout, row in rows.items():
-        assert row["bytes_per_rank_and_step"] == row["bytes_by_formula"] > 0, layout
+def test_a_step_sends_what_the_formula_says():
+    """Counted while the executor runs a real step; 64 tokens and 8 heads divide by every degree."""
+    args = argparse.Namespace(steps=1, frames=1, size=128)
+    with crew(args, 4, 1) as ranks:
+        for layout in layouts(4):
+            sent = [answer["bytes"] for answer in ask(ranks, layout)]
+            expected = bytes_per_step(layout, card(), params_of(args))
+            assert sum(sent) / len(sent) == expected > 0, layout
 
 
 # ---- the kernel --------------------------------------------------------------------------------------------------
