@@ -97,7 +97,7 @@ class Rank:
             chunks = len(card.decode_chunks(request.params))
             executor.run(Decode(4, (self.rank,), request.id, 1, ""))
             if chunks > 1:
-                executor.run(Decode(5, (self.rank,), request.id, chunks - 1, ""))
+                executor.run(Decode(5, (self.rank,), request.id, chunks - 1, "", first_chunk=1))
             self.tensors[f"{request.id}/frames"] = torch.cat(self.frames.chunks.pop(request.id))
         executor.run(Release(6, self.everyone, (request.id,)))
 
