@@ -22,8 +22,8 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,10 +131,10 @@ def row(case: Case) -> str:
 
 
 @contextlib.contextmanager
-def served(specs: Sequence[Spec] = SPECS, *flags: str) -> Iterator[Bench]:
+def served(specs: Sequence[Spec] = SPECS, environment: Mapping[str, str] | None = None) -> Iterator[Bench]:
     """A server with its undisturbed run behind it; every process of it is gone at the end."""
     with tempfile.TemporaryDirectory(prefix="fmchaos") as folder:
-        server = Server(Path(folder), *FLAGS, *flags)
+        server = Server(Path(folder), *FLAGS, environment=environment)
         try:
             bench = Bench(server.start(), specs)
             bench.run_undisturbed()
@@ -153,6 +153,7 @@ class Bench:
         """What belongs to no case."""
         self._specs = specs
         self._expected: dict[Spec, Frames] = {}
+        """However its client follows it."""
         self._keys: list[str] = []
         self._owners: dict[str, str] = {}
         """Job -> the case that it was of."""
@@ -166,20 +167,20 @@ class Bench:
         Raises:
             Stuck: one did not complete.
         """
-        clients = Clients(self.server.url, self._specs, CASE_S).start()
+        clients = Clients(self.server.url, CASE_S).start(*self._specs)
         case = Case("none", "none")
         clients.join()
-        for job in self._take(clients, case):
+        for job in self.take(clients, case):
             if not job.content:
                 raise Stuck(f"the undisturbed run: {job.problem or job.video}")
-            self._expected[job.spec] = frames_of(job.content)
+            self._expected[replace(job.spec, follow=True)] = frames_of(job.content)
 
     def strike(self, fault: str, phase: str) -> Case:
         """One case from its jobs to its verdict."""
         case = Case(fault, phase)
         self.cases.append(case)
         began, pids, log = time.monotonic(), self.server.wait_whole(), self.server.log
-        clients = Clients(self.server.url, self._specs, CASE_S).start()
+        clients = Clients(self.server.url, CASE_S).start(*self._specs)
         name, role = fault.split()
         try:
             trigger = clients.wait_for(*TRIGGERS[phase], TRIGGER_S)
@@ -196,10 +197,10 @@ class Bench:
                 os.kill(pids[role], signal.SIGCONT)
         ended = time.monotonic()
         case.losses = count_losses(self.server.log) - count_losses(log)
-        jobs = self._take(clients, case)
-        self._judge(case, jobs)
+        jobs = self.take(clients, case)
+        self.judge(case, jobs)
         self._judge_work(case, jobs, trigger, struck, ended, clients.happenings)
-        self._judge_processes(case)
+        self.judge_processes(case)
         case.seconds = time.monotonic() - began
         return case
 
@@ -229,18 +230,18 @@ class Bench:
     def _start_again(self, case: Case) -> None:
         """What the operator's service manager does when the launcher died."""
         before = {process.pid for process in self.server.marked()}
-        self.server.process.wait()
+        self.server.process.communicate()
         with contextlib.suppress(Stuck):
             until(lambda: not self.server.marked(), 10.0, "the launcher's children are gone")
         case.broken += [f"an orphan of a killed launcher: {p.pid}" for p in self.server.marked() if p.pid in before]
         self.server.start()
 
-    def _take(self, clients: Clients, case: Case) -> list[Job]:
+    def take(self, clients: Clients, case: Case) -> list[Job]:
         self._keys += [job.idempotency_key for job in clients.jobs]
         self._owners |= {job.id: f"{case.fault} in {case.phase}" for job in clients.jobs}
         return clients.jobs
 
-    def _judge(self, case: Case, jobs: Sequence[Job]) -> None:
+    def judge(self, case: Case, jobs: Sequence[Job]) -> None:
         """Every job ended, once, with its frames or with a reason."""
         case.reposts = sum(job.posts - 1 for job in jobs if job.posts)
         for job in jobs:
@@ -258,7 +259,7 @@ class Bench:
                 case.broken.append(f"{name} ended {video['status']}: {video['error']}")
 
     def _compare(self, case: Case, job: Job) -> None:
-        expected, frames = self._expected[job.spec], frames_of(job.content)
+        expected, frames = self._expected[replace(job.spec, follow=True)], frames_of(job.content)
         if frames.shape != expected.shape:
             case.broken.append(f"{job.spec.prompt}: {frames.shape} where {expected.shape} was expected")
             return
@@ -290,7 +291,7 @@ class Bench:
             if wrong and job.video is not None and job.video["status"] == "completed":
                 case.broken.append(f"{job.spec.prompt}: {wrong}")
 
-    def _judge_processes(self, case: Case) -> None:
+    def judge_processes(self, case: Case) -> None:
         try:
             self.server.wait_whole()
         except Stuck as error:

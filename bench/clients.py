@@ -7,7 +7,7 @@ import json
 import secrets
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -76,18 +76,22 @@ class Job:
 class Clients:
     """A thread per job; what happens to any of them can be waited for."""
 
-    def __init__(self, url: str, specs: Sequence[Spec], patience_s: float) -> None:
-        self.jobs = [Job(spec) for spec in specs]
+    def __init__(self, url: str, patience_s: float) -> None:
+        """`patience_s` is how long all of them together may take."""
+        self.jobs: list[Job] = []
         self.happenings: list[Happening] = []
         self._changed = threading.Condition()
         self._give_up = time.monotonic() + patience_s
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
         self._http = httpx.Client(base_url=url, timeout=SILENCE_S, limits=limits)
-        self._threads = [threading.Thread(target=self._live, args=(job,), daemon=True) for job in self.jobs]
+        self._threads: list[threading.Thread] = []
 
-    def start(self) -> Clients:
-        for thread in self._threads:
-            thread.start()
+    def start(self, *specs: Spec) -> Clients:
+        """Begin to ask for these."""
+        for spec in specs:
+            self.jobs.append(Job(spec))
+            self._threads.append(threading.Thread(target=self._live, args=(self.jobs[-1],), daemon=True))
+            self._threads[-1].start()
         return self
 
     def wait_for(self, name: str, fits: Callable[[dict[str, Any]], bool], patience_s: float) -> Happening:
