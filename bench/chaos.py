@@ -118,16 +118,18 @@ def main() -> None:
 
 
 HEAD = (
-    "| fault | phase | landed | completed | failed | ranks back s | clients back s | losses | steps again | broken |",
-    "|---|---|---|---|---|---|---|---|---|---|",
+    "| fault | phase | landed | completed | failed | ranks back s | clients back s | losses | steps again "
+    "| pixels apart | s | broken |",
+    "|---|---|---|---|---|---|---|---|---|---|---|---|",
 )
 
 
 def row(case: Case) -> str:
     """A line of the table."""
     times = [f"{s:.1f}" if s is not None else "-" for s in (case.ranks_recovered_s, case.clients_recovered_s)]
-    cells = [case.fault, case.phase, case.landed, case.completed, "; ".join(case.failed) or 0, *times]
-    return f"| {' | '.join(map(str, [*cells, case.losses, case.steps_again, '; '.join(case.broken) or '-']))} |"
+    cells: list[Any] = [case.fault, case.phase, case.landed, case.completed, "; ".join(case.failed) or 0, *times]
+    cells += [case.losses, case.steps_again, case.largest_difference, f"{case.seconds:.0f}"]
+    return f"| {' | '.join(map(str, [*cells, '; '.join(case.broken) or '-']))} |"
 
 
 @contextlib.contextmanager
