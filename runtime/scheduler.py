@@ -55,6 +55,8 @@ ORPHAN_S = 30.0
 """How long a request whose gateway is gone waits for another one to take it."""
 SAVE_S = 10.0
 """How long a drain that ran out of time waits for the last checkpoints."""
+UNCLAIMED_S = 3600.0
+"""How long a checkpoint of an earlier life is kept for a gateway that hands its request in again."""
 OUT_OF_MEMORY = "out_of_memory"
 
 News = Progress | Completed | Failed | Cancelled
@@ -110,6 +112,8 @@ class Scheduler:
     """Batches that ran out of memory, halved."""
     _releases: list[str] = field(default_factory=list)
     """Requests that ended: their states and checkpoints can go."""
+    _unsure: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    """Releases by seq that the first rank, the writer, has not shown to have done, by the report of a later item."""
     _retries: list[str] = field(default_factory=list)
     """Requests that start again: their states can go."""
     _saves: list[str] = field(default_factory=list)
@@ -117,6 +121,7 @@ class Scheduler:
     _saving: set[str] = field(default_factory=set)
     """Requests whose checkpoint is being written."""
     _drain_until: float = math.inf
+    _unclaimed_until: float = math.inf
     _time_up: bool = False
     """The drain's time is over: no item is started any more."""
     _news: list[tuple[bytes, News]] = field(default_factory=list)
@@ -156,6 +161,7 @@ class Scheduler:
         """Queued work ends now, running work when its item does."""
         record = self._requests.get(request_id)
         if record is None:
+            self._forget_saved(request_id)
             return
         record.cancel_reason = reason
         self._settle(record, now)
@@ -163,6 +169,8 @@ class Scheduler:
     def stored(self, gateway: bytes, request_id: str, now: float) -> None:
         """The gateway has all the frames; it may say so before the rank says that it sent the last."""
         record = self._requests.get(request_id)
+        if record is None:
+            self._forget_saved(request_id)
         if record is None or record.gateway != gateway:
             return
         if record.stage in {Stage.DECODE, Stage.DELIVER} or record.restarted:
@@ -205,6 +213,9 @@ class Scheduler:
         running.seconds = max(running.seconds, seconds)
         if not running.waiting:
             del self.running[seq]
+            if 0 in running.item.ranks:
+                # The stream is ordered: what was released before this item is gone.
+                self._unsure = {release: ids for release, ids in self._unsure.items() if release > seq}
             self._finish(running, now)
 
     def failed(self, rank: int, seq: int, code: str, reason: str, now: float) -> None:
@@ -237,6 +248,9 @@ class Scheduler:
         self._saves.clear()
         self._saving.clear()
         self._gateways.refill()
+        # They may have died before they removed the checkpoints.
+        self._releases += [name for ids in self._unsure.values() for name in ids if name not in self._requests]
+        self._unsure.clear()
         for record in self._active.values():
             record.running = False
         if culprit is not None and culprit[1] == OUT_OF_MEMORY:
@@ -261,6 +275,7 @@ class Scheduler:
     def plan(self, now: float) -> list[WorkItem]:
         """Items to start now, in the one global order."""
         self._expire(now)
+        self._expire_saved(now)
         self._refuse_too_large(now)
         self._time_up = now >= self._drain_until
         items: list[WorkItem] = list(self._errands())
@@ -303,6 +318,8 @@ class Scheduler:
     def next_deadline(self) -> float | None:
         """When `plan` has to be called at the latest though nothing happened."""
         times = [at for at, _ in self._deadlines[:1]]
+        if math.isfinite(self._unclaimed_until):
+            times.append(self._unclaimed_until)
         if math.isfinite(self._drain_until) and not self._time_up:
             times.append(self._drain_until)
         return min(times, default=None)
@@ -321,8 +338,10 @@ class Scheduler:
             yield Release(self._next_seq(), self._all_ranks(), tuple(self._retries), keep_saved=True)
             self._retries.clear()
         if self._releases:
-            yield Release(self._next_seq(), self._all_ranks(), tuple(self._releases))
+            release = Release(self._next_seq(), self._all_ranks(), tuple(self._releases))
+            self._unsure[release.seq] = release.request_ids
             self._releases.clear()
+            yield release
         saves = [request_id for request_id in self._saves if request_id in self._active]
         self._saves.clear()
         if saves:
@@ -500,6 +519,22 @@ class Scheduler:
                 self.cancel(request_id, f"its timeout of {timeout:g} s passed in {self._where(record)}", now)
             elif record.orphaned_until <= now:
                 self.cancel(request_id, "its gateway is gone", now)
+
+    def _expire_saved(self, now: float) -> None:
+        """Whoever was to hand in these requests again does not come any more."""
+        if not self.found:
+            self._unclaimed_until = math.inf
+        elif math.isinf(self._unclaimed_until):
+            self._unclaimed_until = now + UNCLAIMED_S
+        elif now >= self._unclaimed_until:
+            self._releases += self.found
+            self.found.clear()
+            self._unclaimed_until = math.inf
+
+    def _forget_saved(self, request_id: str) -> None:
+        """A request of an earlier life is over: its checkpoint can go."""
+        if self.found.pop(request_id, None) is not None:
+            self._releases.append(request_id)
 
     def _refuse_too_large(self, now: float) -> None:
         """What was taken before the ranks told their budget, and does not fit it, would wait for ever."""

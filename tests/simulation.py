@@ -130,6 +130,8 @@ class Simulation:
         self.unsent: dict[int, int] = {}
         self.gateways: dict[bytes, Gateway] = {}
         self.num_joined = 0
+        self.dead = False
+        """The ranks died, and the scheduler has not noticed: what it sends is lost."""
         if ready:
             self.scheduler.group_ready(budget)
 
@@ -209,6 +211,7 @@ class Simulation:
         self.settle()
 
     def regroup(self):
+        self.dead = False
         self.scheduler.group_ready(self.budget)
         self.settle()
 
@@ -289,6 +292,8 @@ class Simulation:
 
     def released(self, item):
         assert item.ranks == self.ranks
+        if self.dead:
+            return
         in_work = {request_id for other in self.running.values() for request_id in ids_of(other)}
         for request_id in item.request_ids:
             assert request_id not in in_work
@@ -297,7 +302,7 @@ class Simulation:
             if item.keep_saved:
                 assert request_id not in self.ends
             else:
-                assert request_id in self.ends
+                assert request_id in self.ends or request_id not in self.params
                 self.files.pop(request_id, None)
 
     def checkpointed(self, item):

@@ -26,7 +26,7 @@ from runtime.protocol import (
     Release,
     SavedState,
 )
-from runtime.scheduler import ITEM_SECONDS, MAX_ACTIVE
+from runtime.scheduler import ITEM_SECONDS, MAX_ACTIVE, UNCLAIMED_S
 
 
 @pytest.fixture
@@ -925,6 +925,45 @@ def test_a_checkpoint_of_an_earlier_life_is_used():
     assert {type(end) for end in mesh.ends.values()} == {Completed}
     assert sum(item.steps for item in mesh.items_of(Denoise, "a")) == 5
     assert mesh.items_of(Denoise, "b") == []
+
+
+def test_the_checkpoint_of_a_request_that_ended_in_an_earlier_life_goes():
+    saved = {name: SavedState(20, f"{name}-20", 1) for name in ("stored", "cancelled", "claimed", "unclaimed")}
+    mesh = Simulation(checkpoint_every=5, found=saved)
+    mesh.join()
+    mesh.scheduler.stored(b"g", "stored", mesh.now)
+    mesh.cancel("cancelled")
+    mesh.submit("claimed", steps=20)
+    mesh.run()
+    assert set(mesh.files) == {"unclaimed"}
+    mesh.now = mesh.scheduler.next_deadline()
+    mesh.settle()
+    assert mesh.now >= UNCLAIMED_S
+    assert mesh.files == {}
+    assert mesh.scheduler.next_deadline() is None
+
+
+def test_what_dead_ranks_were_told_to_release_is_released_again():
+    mesh = Simulation(checkpoint_every=50)
+    mesh.join()
+    mesh.submit("a", steps=5, frames=1)
+    mesh.run(consume=False)
+    mesh.dead = True
+    mesh.run()
+    assert isinstance(mesh.ends["a"], Completed)
+    assert set(mesh.files) == {"a"}
+    mesh.lose_group()
+    mesh.regroup()
+    assert mesh.files == {}
+    # What the ranks have shown to have done is not said again.
+    mesh.submit("b", "c", steps=5, frames=1)
+    mesh.run()
+    mesh.submit("d", steps=5)
+    mesh.run_to(Denoise)
+    mesh.lose_group()
+    mesh.regroup()
+    again = [item.request_ids for item in mesh.items_of(Release) if not item.keep_saved]
+    assert sum("b" in ids for ids in again) == 1, again
 
 
 def test_a_request_that_kills_its_workers_fails_alone_and_takes_nobody_with_it():
