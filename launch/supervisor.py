@@ -332,10 +332,12 @@ class Supervisor:
 
     def _torchrun(self) -> list[str]:
         elastic = ("--nnodes=1", f"--nproc-per-node={self.config.num_gpus}", "--rdzv-backend=c10d")
+        # It makes a folder for logs even if it writes none; in ours it goes with us.
+        logs = (f"--log-dir={self._run_dir / 'torchrun'}",)
         # Restarts are the scheduler's recovery path; its crash-loop rule is what ends them.
         restarts = ("--rdzv-endpoint=127.0.0.1:0", "--max-restarts=1000", "--monitor-interval=0.2")
         worker = ("-m", "workers", "--scheduler", self.scheduler_endpoint, *self._shared)
-        return python_module("torch.distributed.run", *elastic, *restarts, *worker)
+        return python_module("torch.distributed.run", *elastic, *logs, *restarts, *worker)
 
     def _worker_environment(self) -> dict[str, str]:
         threads = max((os.cpu_count() or 1) // self.config.num_gpus, 1)

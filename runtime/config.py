@@ -131,7 +131,7 @@ class Config:
     log_level: LogLevel = "info"
     """How much the processes log."""
     trace_path: str | None = None
-    """Write the start and end of every work item on every rank to this file (JSON lines)."""
+    """Append the start and end of every work item on every rank to this file (JSON lines)."""
 
     @property
     def layout(self) -> Layout:
