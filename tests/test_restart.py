@@ -30,6 +30,7 @@ from gateway.mesh import FRAME_CREDITS, Frames, Mesh
 from launch.client import Client
 from launch.observe import Observer, observe_mesh
 from launch.process import child_environment
+from launch.supervisor import Supervisor
 from runtime.config import Config, save_frozen
 from runtime.errors import NotReady
 from runtime.protocol import (
@@ -676,6 +677,28 @@ def test_a_process_that_keeps_dying_ends_the_server_with_the_last_error(serve, s
     assert last.startswith("error: the gateway process ended with exit code -9, 2 deaths in five minutes")
     assert "Traceback" not in server.stderr
     assert not list(short_tmp.glob("framemesh-*"))
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_ranks_that_never_say_a_word_again_end_the_server(short_tmp, comes_back):
+    """They die before they join, so that nobody counts their losses."""
+
+    async def main():
+        supervisor = Supervisor(Config(start_timeout=0), short_tmp, with_gateway=False, quiet=True)
+        supervisor._trouble = asyncio.get_running_loop().create_future()
+        supervisor._see_state(MeshState(True, "ready", 2, 2))
+        supervisor._see_state(MeshState(False, "the workers are restarting: rank 1 died", 0, 2, losses=1))
+        if comes_back:
+            supervisor._see_state(MeshState(True, "ready", 2, 2, losses=1))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        await supervisor.stop()
+        return supervisor._trouble
+
+    trouble = asyncio.run(main())
+    assert trouble.done() is not comes_back
+    if not comes_back:
+        assert trouble.result() == "the workers did not come back within 0 s: rank 1 died"
 
 
 @pytest.mark.slow
