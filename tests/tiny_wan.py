@@ -27,6 +27,8 @@ def build_tiny_wan(folder: Path, *, patched_vae: bool = False, heads: int = 4) -
     from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanTransformer3DModel
     from transformers import UMT5Config, UMT5EncoderModel
 
+    # What `randomise` leaves of the first values (biases are added to) has to be the same in every process.
+    torch.manual_seed(0)
     vocabulary = json.loads((DEMO / "text_encoder" / "config.json").read_text())["vocab_size"]
     encoder = UMT5EncoderModel(
         UMT5Config(vocab_size=vocabulary, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0)
