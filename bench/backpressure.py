@@ -150,7 +150,8 @@ async def _round(
         if pace != "alone":
             stuck, first = await _begin(big, name, result, PACES[pace])
             await first
-        while pace == "stalled" and _decoded(read_trace(trace), name) < FRAME_CREDITS:
+        # A file tells nobody that it has grown.
+        while pace == "stalled" and _decoded(read_trace(trace), name) < FRAME_CREDITS:  # noqa: ASYNC110
             await asyncio.sleep(SAMPLE_S)
         for number in range(requests):
             sent = time.monotonic()
