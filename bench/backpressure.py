@@ -59,6 +59,8 @@ class Round:
     """Of every rank and of this process, with the seconds since the round began."""
     big_chunks: int = 0
     """That the big one's consumer had taken when the normal one was done."""
+    big_under_way: int = 0
+    """That were decoded and not taken by then."""
 
 
 def main() -> None:
@@ -82,6 +84,7 @@ def main() -> None:
                 [_middle(a.request_s) / _middle(b.request_s) for a, b in zip(mine, alone, strict=True)]
             ),
             "big_chunks_taken": spread([r.big_chunks for r in mine]),
+            "big_chunks_under_way": spread([r.big_under_way for r in mine]),
             "most_rss_mib": {name: max(s[name] for r in mine for s in r.rss_mib) for name in mine[0].rss_mib[0]},
             "rss_mib": [r.rss_mib for r in mine],
         }
@@ -147,11 +150,16 @@ async def _round(
         if pace != "alone":
             stuck, first = await _begin(big, name, result, PACES[pace])
             await first
+        # A file tells nobody that it has grown.
+        while pace == "stalled" and _decoded(read_trace(trace), name) < FRAME_CREDITS:  # noqa: ASYNC110
+            await asyncio.sleep(SAMPLE_S)
         for number in range(requests):
             sent = time.monotonic()
             await _one(normal, NORMAL, f"{name}-{number}", lambda _: asyncio.sleep(0))
             result.request_s.append(time.monotonic() - sent)
-        result.step_s = _step_seconds(read_trace(trace), began)
+        lines = read_trace(trace)
+        result.step_s = _step_seconds(lines, began)
+        result.big_under_way = _decoded(lines, name) - result.big_chunks
         return result
     finally:
         watcher.cancel()
@@ -189,8 +197,13 @@ async def _watch(result: Round, processes: dict[str, psutil.Process]) -> None:
     began = time.monotonic()
     while True:
         rss = {name: process.memory_info().rss / MIB for name, process in processes.items()}
-        result.rss_mib.append({"at_s": time.monotonic() - began} | rss)
+        result.rss_mib.append({"at_s": round(time.monotonic() - began, 2)} | rss)
         await asyncio.sleep(SAMPLE_S)
+
+
+def _decoded(lines: Sequence[TraceLine], name: str) -> int:
+    """Chunks of the round's big request that left a rank."""
+    return sum(line.units for line in lines if line.kind == "Decode" and f"{name}-big" in line.requests)
 
 
 def _step_seconds(lines: Sequence[TraceLine], began: float) -> list[float]:

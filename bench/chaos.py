@@ -30,6 +30,7 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
+import psutil
 from numpy.typing import NDArray
 
 from bench.clients import Clients, Happening, Job, Spec
@@ -58,6 +59,8 @@ SPECS = (
     Spec(prompt="a purple square moving down", steps=24, frames=33, size="96x96", seed=6, key="c", follow=False),
 )
 TRIGGER_S = 120.0
+REPLACED_S = 60.0
+"""How long a suspended process may go unnoticed."""
 CASE_S = 300.0
 """A case that takes longer has lost something."""
 LEFT_S = 60.0
@@ -80,9 +83,9 @@ class Case:
     failed: list[str] = field(default_factory=list)
     reposts: int = 0
     """POSTs that were sent again, with their key, because nobody answered."""
-    ranks_recovered_s: float | None = None
-    """From the signal to the end of the ranks' longest pause after it."""
-    clients_recovered_s: float | None = None
+    ranks_silent_s: float | None = None
+    """The longest time after the signal in which no rank finished an item: how long it took to recover."""
+    clients_silent_s: float | None = None
     """The same for what the clients were told."""
     losses: int = 0
     """Worker groups and schedulers that were lost."""
@@ -118,7 +121,7 @@ def main() -> None:
 
 
 HEAD = (
-    "| fault | phase | landed | completed | failed | ranks back s | clients back s | losses | steps again "
+    "| fault | phase | landed | completed | failed | ranks silent s | clients silent s | losses | steps again "
     "| pixels apart | s | broken |",
     "|---|---|---|---|---|---|---|---|---|---|---|---|",
 )
@@ -126,7 +129,7 @@ HEAD = (
 
 def row(case: Case) -> str:
     """A line of the table."""
-    times = [f"{s:.1f}" if s is not None else "-" for s in (case.ranks_recovered_s, case.clients_recovered_s)]
+    times = [f"{s:.1f}" if s is not None else "-" for s in (case.ranks_silent_s, case.clients_silent_s)]
     cells: list[Any] = [case.fault, case.phase, case.landed, case.completed, "; ".join(case.failed) or 0, *times]
     cells += [case.losses, case.steps_again, case.largest_difference, f"{case.seconds:.0f}"]
     return f"| {' | '.join(map(str, [*cells, '; '.join(case.broken) or '-']))} |"
@@ -191,13 +194,16 @@ class Bench:
             if fault == "kill launcher":
                 self._start_again(case)
             clients.join()
-        except Stuck as error:
+            ended = time.monotonic()
+            if role != "launcher":
+                # The work may be done before it is missed.
+                until(lambda: not psutil.pid_exists(pids[role]), REPLACED_S, f"the {role} is replaced")
+        except (Stuck, ProcessLookupError) as error:
             case.broken.append(str(error))
             return case
         finally:
             if fault == "stop launcher":
                 os.kill(pids[role], signal.SIGCONT)
-        ended = time.monotonic()
         case.losses = count_losses(self.server.log) - count_losses(log)
         jobs = self.take(clients, case)
         self.judge(case, jobs)
@@ -285,8 +291,8 @@ class Bench:
         lines = read_trace(self.server.trace)
         done = [line for line in lines if trigger.job.id in line.requests and line.finished < struck]
         case.landed = f"after {done[-1].kind.lower()}" if done else "before its encode was done"
-        case.ranks_recovered_s = after_longest_pause([line.finished for line in lines], struck, ended)
-        case.clients_recovered_s = after_longest_pause([h.at for h in happenings], struck, ended)
+        case.ranks_silent_s = longest_pause([line.finished for line in lines], struck, ended)
+        case.clients_silent_s = longest_pause([h.at for h in happenings], struck, ended)
         for job in jobs:
             again, wrong = steps_again(lines, job.id, job.spec.steps, case.losses)
             case.steps_again += again
@@ -345,11 +351,10 @@ def count_losses(log: str) -> int:
     return log.count("worker group lost") + log.count("listening")
 
 
-def after_longest_pause(times: Sequence[float], begin: float, end: float) -> float | None:
-    """Seconds from the begin to the end of the longest pause between two of these times; None if there are none."""
+def longest_pause(times: Sequence[float], begin: float, end: float) -> float | None:
+    """Seconds between two of these times, or the begin and the first; None if there are none."""
     within = [begin, *sorted(at for at in times if begin < at < end)]
-    pauses = [(after - before, after - begin) for before, after in itertools.pairwise(within)]
-    return max(pauses)[1] if pauses else None
+    return max((after - before for before, after in itertools.pairwise(within)), default=None)
 
 
 def steps_again(lines: Sequence[TraceLine], job_id: str, total: int, losses: int) -> tuple[int, str]:

@@ -19,8 +19,9 @@ from urllib.parse import urlsplit
 import httpx2 as httpx
 import psutil
 
-from launch.observe import FOLDER_PREFIX
+from launch.observe import FOLDER_PREFIX, Observer
 from launch.process import child_environment
+from runtime.errors import FramemeshError
 
 ROLES = ("worker0", "worker1", "scheduler", "gateway", "torchrun", "launcher")
 """The processes of a mesh of two ranks."""
@@ -130,7 +131,7 @@ class Server:
 
     def wait_whole(self, patience_s: float = 180.0) -> dict[str, int]:
         """Until every process is there and the mesh takes work; the processes."""
-        until(lambda: self._takes_work() and len(self.pids()) == len(ROLES), patience_s, "the server is whole again")
+        until(self._is_whole, patience_s, "the server is whole again")
         return self.pids()
 
     def stop(self, patience_s: float = 90.0) -> int:
@@ -146,6 +147,17 @@ class Server:
         if self._process is not None:
             self._process.communicate()
         shutil.rmtree(self.temporary, ignore_errors=True)
+
+    def _is_whole(self) -> bool:
+        """As the gateway says, and the scheduler of the very ranks that there are: it may not have missed them yet."""
+        pids = self.pids()
+        if len(pids) < len(ROLES) or not self._takes_work():
+            return False
+        endpoint = next(self.temporary.glob(f"{FOLDER_PREFIX}*/scheduler"))
+        with contextlib.suppress(FramemeshError), Observer(f"ipc://{endpoint}") as observer:
+            status = observer.look()
+            return status.ready and [rank.pid for rank in status.ranks] == [pids["worker0"], pids["worker1"]]
+        return False
 
     def _takes_work(self) -> bool:
         with contextlib.suppress(httpx.TransportError):

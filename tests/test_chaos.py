@@ -8,7 +8,7 @@ import textwrap
 
 import pytest
 
-from bench.chaos import CASE_S, Case, after_longest_pause, served, steps_again
+from bench.chaos import CASE_S, Case, longest_pause, served, steps_again
 from bench.clients import Clients, Spec
 from launch.process import HOME
 from runtime.trace import TraceLine
@@ -157,6 +157,7 @@ def test_steps_that_were_done_again_are_counted_and_have_to_be_explained():
     assert steps_again([*denoise(1, 0, 5), *denoise(2, 6, 4)], "a", 10, losses=9)[1] == "step 6 came after step 5"
 
 
-def test_recovery_is_the_end_of_the_longest_pause():
-    assert after_longest_pause([1.0, 2.0, 2.5, 6.0, 6.1, 20.0], begin=2.2, end=9.0) == pytest.approx(3.8)
-    assert after_longest_pause([1.0], begin=2.0, end=9.0) is None
+def test_recovery_is_the_longest_pause():
+    assert longest_pause([1.0, 2.0, 2.5, 6.0, 6.1, 20.0], begin=2.2, end=9.0) == pytest.approx(3.5)
+    assert longest_pause([1.0, 9.0, 9.5], begin=2.0, end=10.0) == pytest.approx(7.0)
+    assert longest_pause([1.0], begin=2.0, end=9.0) is None
