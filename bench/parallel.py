@@ -29,6 +29,7 @@ from runtime.layout import Layout
 from runtime.models.wan import WanCard
 from runtime.protocol import Request
 from runtime.sampling import ResolvedParams, SamplingParams
+from runtime.traffic import step_traffic, work_of
 
 HEADS, HEAD_DIM, LAYERS, FFN, CHANNELS = 8, 48, 3, 1536, 16
 CONFIGS: dict[str, dict[str, Any]] = {
@@ -85,20 +86,8 @@ def layouts(num_ranks: int) -> list[Layout]:
 
 
 def bytes_per_step(layout: Layout, card: WanCard, params: ResolvedParams, itemsize: int = 4) -> float:
-    """What a rank sends in one step of one request, where tokens and heads divide by the degrees.
-
-    Per layer and branch, S tokens of width d on r x u ranks: Ulysses 4 S/(ru) d (u-1)/u, ring 2 S/r d/u (r-1). Once a
-    forward the output S/(ru) (ru-1), once a step the predictions of the other guidance groups.
-    """
-    tokens, width = card.tokens(params), card.heads * card.head_dim
-    r, u, n = layout.ring, layout.ulysses, layout.sp
-    rows = len(card.branches(params, 0)) / layout.cfg
-    ulysses = 4 * tokens / n * width * (u - 1) / u
-    ring = 2 * tokens / r * width / u * (r - 1)
-    output = card.channels * card.patch[0] * card.patch[1] * card.patch[2]
-    gather = tokens / n * output * (n - 1)
-    guidance = tokens * output * (layout.cfg - 1)
-    return itemsize * rows * (card.layers * (ulysses + ring) + gather + guidance)
+    """What a rank sends in one step of one request, by the formulas that `framemesh tune` predicts with."""
+    return step_traffic(work_of(card, CONFIGS, params), layout, itemsize).total
 
 
 # ---- the parent --------------------------------------------------------------------------------------------------
@@ -165,6 +154,8 @@ def crew(args: argparse.Namespace, num_ranks: int, threads: int) -> Iterator[lis
         for process in processes:
             process.kill()
             process.wait()
+            for pipe in (process.stdin, process.stdout):
+                cast(IO[str], pipe).close()
 
 
 def ask(processes: list[subprocess.Popen[str]], layout: Layout) -> list[dict[str, float]]:

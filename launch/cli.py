@@ -353,6 +353,7 @@ def prepare(
         try_port(config.host, config.port)
     folder, card = _card_of(config.model_path, config.revision)
     config = _fit_layout(config, card)
+    _check_encoders(config, folder)
     resolved = None if params is None else card.check(params)
     _check_ending(output, card, resolved)
     if config.num_gpus > 1:
@@ -367,6 +368,15 @@ def _fit_layout(config: Config, card: Card) -> Config:
     from runtime.models.card import most_branches
 
     return fit_layout(config, card, most_branches(card))
+
+
+def _check_encoders(config: Config, folder: Path) -> None:
+    from runtime.folding import resolve_tp
+    from runtime.machine import load_machine
+    from runtime.models.card import read_configs
+
+    if config.tp_size is not None:
+        resolve_tp(config.tp_size, read_configs(folder), config.layout.sp, load_machine("cpu-gloo"))
 
 
 def _notes(config: Config, card: Card) -> Iterator[str]:

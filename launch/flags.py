@@ -44,7 +44,6 @@ _APPROXIMATE = "approximate attention is not available yet; take torch_sdpa"
 
 LATER: dict[str, Later] = {
     "performance_mode": _value("performance modes are not available yet", "auto", "manual"),
-    "tp_size": _value("tensor parallelism of the text encoders is not available yet", 1),
     "enable_torch_compile": _switch("torch.compile is not available yet"),
     "warmup": _switch("warm-up runs are not available yet"),
     "warmup_resolutions": _value("warm-up runs are not available yet", []),

@@ -256,12 +256,12 @@ def describe_work(status: Status) -> str:
 
 
 def work_left(endpoint: str) -> str:
-    """What a scheduler still has, in words; waits a second at most."""
+    """What a scheduler still has, in words; nothing if it does not say so within a second."""
     try:
         with Observer(endpoint) as observer:
             return describe_work(observer.look())
     except FramemeshError:
-        return "the scheduler does not say what is left"
+        return ""
 
 
 def read_mesh_file(folder: Path) -> MeshFile | None:

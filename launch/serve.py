@@ -48,11 +48,13 @@ def serve(config: Config, folder: Path) -> int:
 
 def run_once(config: Config, folder: Path, params: SamplingParams, file_name: str | None) -> int:
     """A server, one prompt over HTTP, the video and a contact sheet on disk, everything stopped."""
+    setup_logging("launcher", config.log_level)
     return asyncio.run(_run_once(config, folder, params, file_name))
 
 
 def generate_once(config: Config, folder: Path, params: SamplingParams, file_name: str | None, save: bool) -> int:
     """One generation without an HTTP server."""
+    setup_logging("launcher", config.log_level)
     with _sigterm_as_interrupt(), ProgressView() as view:
         with Generator(config, folder, on_state=lambda state: _show_start(view, state)) as generator:
             result = generator.generate(params, on_event=lambda event: _show_event(view, event))
@@ -94,11 +96,8 @@ async def _serve(config: Config, folder: Path) -> int:
         if await signals.during(_come_up(supervisor, config)):
             _say("stopping")
             return 0
-        if await signals.during(supervisor.wait_draining()):
-            await supervisor.drain(config.drain_timeout)
-            cut_short = await signals.during(_drained(supervisor, config.drain_timeout + OVERTIME_S))
-        else:
-            cut_short = await signals.during(_drained(supervisor, None))
+        asked = await signals.during(supervisor.wait_draining())
+        cut_short = await signals.during(_drain(supervisor, config.drain_timeout if asked else None))
         if cut_short:
             _say("stopping at once")
             return 128 + cut_short
@@ -114,15 +113,20 @@ async def _come_up(supervisor: Supervisor, config: Config) -> None:
     print(f"framemesh serves {config.model_name} at {supervisor.url}", flush=True)
 
 
-async def _drained(supervisor: Supervisor, limit_s: float | None) -> None:
-    """Until the scheduler and the ranks have left; what did not end is in the store and the spool."""
+async def _drain(supervisor: Supervisor, timeout_s: float | None) -> None:
+    """Until the scheduler and the ranks have left; what did not end is in the store and the spool.
+
+    Without a time somebody else has told the scheduler to drain, and how long it has.
+    """
     left = await asyncio.to_thread(work_left, supervisor.scheduler_endpoint)
-    _say(f"draining: {left}; again to stop at once")
+    _say(f"draining{left and f': {left}'}; again to stop at once")
+    if timeout_s is not None:
+        await supervisor.drain(timeout_s)
     try:
-        async with asyncio.timeout(limit_s):
+        async with asyncio.timeout(None if timeout_s is None else timeout_s + OVERTIME_S):
             await supervisor.watch()
     except TimeoutError:
-        log.error("the drain did not end in its time; what is left goes on at the next start", limit_s=limit_s)
+        log.error("the drain did not end in its time; what is left goes on at the next start", timeout_s=timeout_s)
 
 
 async def _run_once(config: Config, folder: Path, params: SamplingParams, file_name: str | None) -> int:
@@ -139,13 +143,16 @@ async def _run_once(config: Config, folder: Path, params: SamplingParams, file_n
             # Closed, it waits for nobody any more in the thread.
             closing.callback(client.close)
             video = asyncio.create_task(asyncio.to_thread(_one_video, client, config, params, file_name, view))
-            await asyncio.wait({ended, video}, return_when=asyncio.FIRST_COMPLETED)
-            if not video.done():
-                ended.result()
-                raise StartFailed("the mesh was drained before the video was done")
-            ended.cancel()
-            view.stage("stopping")
-            made.append(video.result())
+            try:
+                await asyncio.wait({ended, video}, return_when=asyncio.FIRST_COMPLETED)
+                if not video.done():
+                    ended.result()
+                    raise StartFailed("the mesh was drained before the video was done")
+                view.stage("stopping")
+                made.append(video.result())
+            finally:
+                ended.cancel()
+                video.cancel()
 
         try:
             with contextlib.ExitStack() as closing:
@@ -249,7 +256,7 @@ def _report(video: Path, sheet: Path, seed: int, timings: dict[str, float]) -> N
 
 
 def _show_start(view: ProgressView, state: MeshState) -> None:
-    if not state.ready:
+    if not (state.ready or state.draining):
         view.stage("start", state.ranks_ready, state.num_ranks)
 
 

@@ -11,7 +11,6 @@ import tempfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +22,11 @@ from rich.table import Table
 from launch.progress import ProgressView
 from runtime.config import Config
 from runtime.errors import FramemeshError, InvalidInput
+from runtime.machine import Machine, load_machine
 from runtime.models.card import Card
 from runtime.sampling import ResolvedParams, SamplingParams
-from runtime.tune import Candidate, Machine, Prediction, Tuner, Weights, crossovers, gib, why
+from runtime.tune import Candidate, Prediction, Tuner, Weights, crossovers, gib, why
 
-MACHINES = files("launch") / "machines"
 WARM_STEPS, TIMED_STEPS = 2, 6
 """Steps of the generation that warms a candidate's mesh up, and of the one whose steps are timed."""
 SCALES = (0.125, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -83,24 +82,6 @@ def tune(
 
 
 # ---- what is known without running -------------------------------------------------------------------------------
-
-
-def load_machine(name: str) -> Machine:
-    """A shipped machine by its name, or a JSON file of `runtime.tune.Machine`.
-
-    Raises:
-        InvalidInput: there is no such machine, or the file does not hold one.
-    """
-    shipped = sorted(entry.name.removesuffix(".json") for entry in MACHINES.iterdir() if entry.name.endswith(".json"))
-    place = MACHINES / f"{name}.json" if name in shipped else Path(name)
-    try:
-        machine = msgspec.json.decode(place.read_bytes(), type=Machine)
-    except OSError as error:
-        raise InvalidInput("machine", f"{name} is no file and none of {', '.join(shipped)}") from error
-    except msgspec.DecodeError as error:
-        raise InvalidInput("machine", f"{name}: {error}") from error
-    machine.check()
-    return machine
 
 
 def this_machine(num_ranks: int) -> Machine:

@@ -71,6 +71,8 @@ class Config:
     dist_timeout: int = 600
     """Seconds after which a collective that hangs is an error."""
 
+    tp_size: int | None = None
+    """Ranks that share the layers of the text encoders; divides the SP degree. Unset: as the cost model predicts."""
     use_fsdp_inference: bool = False
     """Every rank holds 1/N of the denoiser's and the text encoders' weights (FSDP2) instead of all of them."""
 

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import msgspec
 
 from runtime.cost import Constants, CostModel, Line
-from runtime.errors import InvalidInput
 from runtime.layout import Layout
+from runtime.machine import Machine
 from runtime.models.card import Card, Configs
 from runtime.sampling import ResolvedParams
 from runtime.traffic import Traffic, Work, forwards, step_traffic, work_of
@@ -27,34 +27,6 @@ MERGES = 4
 """Passes over the fp32 output that one hop of ring costs: read two, write one, and the log-sum-exp."""
 RESERVE = 0.08
 """Share of a rank's memory that the runtime and the allocator keep for themselves."""
-
-
-class Machine(msgspec.Struct, frozen=True):
-    """Constants of a machine, as they are reached and not as they are advertised."""
-
-    name: str
-    flops: float
-    """Floating-point operations per second of one rank in the denoiser's precision."""
-    memory_bandwidth: float
-    """Bytes per second of one rank's memory."""
-    memory: float
-    """Bytes that one rank has."""
-    link_bandwidth: float
-    """Bytes per second that one rank sends to the others."""
-    link_latency: float
-    """Seconds that a collective takes at least."""
-    launch: float
-    """Seconds that a layer takes at least."""
-    element: int = 2
-    """Bytes of a value in the denoiser's precision."""
-
-    def check(self) -> None:
-        """Raises `InvalidInput` for a constant that no machine can have."""
-        for name in ("flops", "memory_bandwidth", "memory", "link_bandwidth"):
-            if not getattr(self, name) > 0:
-                raise InvalidInput("machine", f"{name} is {getattr(self, name)}; it must be above 0")
-        if self.link_latency < 0 or self.launch < 0 or self.element not in {1, 2, 4}:
-            raise InvalidInput("machine", "link_latency and launch are seconds from 0 on, element is 1, 2 or 4 bytes")
 
 
 class Weights(msgspec.Struct, frozen=True):

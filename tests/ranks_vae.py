@@ -84,14 +84,15 @@ def executed(folder):
     executor, _, _ = setup.build_executor(config, Path(folder), card, CPU, RANK, 0, frames)
     everyone, tensors = tuple(range(NUM_RANKS)), {}
     shapes = {"tall": (112, 32), "flat": (16, 48), "other": (64, 32)}
+    frame_count = 9 if card.task_type == "T2V" else None
     requests = [
-        Request(name, card.check(SamplingParams(prompt="x", seed=5, height=h, width=w, num_frames=9)))
+        Request(name, card.check(SamplingParams(prompt="x", seed=5, height=h, width=w, num_frames=frame_count)))
         for name, (h, w) in shapes.items()
     ]
     executor.run(Encode(1, everyone, tuple(requests)))
     for ranks, place in (((RANK,), "alone"), (everyone, "together")):
         made = {name: [] for name in shapes}
-        for chunk in range(3):
+        for chunk in range(len(card.decode_chunks(requests[0].params))):
             for name in shapes:
                 frames.chunks.clear()
                 executor.run(Decode(2, ranks, name, 1, "", chunk))
@@ -99,8 +100,7 @@ def executed(folder):
                 assert len(frames.chunks) == (place == "alone" or RANK == 0), "one rank sends"
         for name, chunks in made.items():
             if chunks:
-                tensors[f"executed/{name}/{place}"] = torch.cat(chunks)
-            executor.states[name].frames_sent = 0
+                tensors[f"executed/{card.family}/{name}/{place}"] = torch.cat(chunks)
     return tensors
 
 
@@ -124,13 +124,14 @@ def mutate(name):
 
 
 @torch.inference_mode()
-def main(folder, out, mutation):
+def main(folders, out, mutation):
     init_distributed("gloo", 60, 0)
     setup.init_distributed = lambda *_: None
     mutate(mutation)
     tensors = modules(Group(NUM_RANKS, RANK, torch.distributed.group.WORLD))
     if mutation == "none":
-        tensors |= executed(folder)
+        for folder in folders.split(","):
+            tensors |= executed(folder)
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, Path(out) / f"rank{RANK}.safetensors")
 
 

@@ -116,6 +116,8 @@ class Simulation:
         self.news = []
         self.ends = {}
         self.params = {}
+        self.predicted: dict[str, float] = {}
+        """Seconds of work of a request when it arrived."""
         self.owner: dict[str, bytes] = {}
         """The gateway that hears of a request."""
         self.adoptions: Counter[str] = Counter()
@@ -154,6 +156,9 @@ class Simulation:
         self.owner |= dict.fromkeys(ids, gateway)
         requests = tuple(Request(request_id, params, **terms) for request_id in ids)
         self.scheduler.submit(gateway, requests, self.now)
+        self.predicted |= {
+            one: self.scheduler.requests[one].remaining_s for one in ids if one in self.scheduler.requests
+        }
         self.settle()
 
     def resubmit(self, request_id, gateway, **terms):

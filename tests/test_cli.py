@@ -144,7 +144,7 @@ def test_a_documented_command_line_works_where_its_features_exist(meaning):
         ),
         *("--save-output", "--output-path", "outputs", "--output-file-name", "A curious raccoon.mp4"),
     )
-    assert config == Config(num_gpus=4, ulysses_degree=4, ring_degree=1, backend="sglang")
+    assert config == Config(num_gpus=4, ulysses_degree=4, ring_degree=1, tp_size=1, backend="sglang")
     assert params == SamplingParams(prompt="A curious raccoon")
 
 
@@ -274,7 +274,7 @@ BAD_LINES = [
     ("generate stray", "stray", ""),
     ("generate --prompt a curious fox", "--prompt", "'curious' is too many"),
     ("generate --seed", "--seed", "requires an argument"),
-    ("generate --tp-size", "--tp-size", "needs a value"),
+    ("generate --lora-path", "--lora-path", "needs a value"),
     ("generate --seed 1 --seed 2", "--seed", "multiple times"),
     ("generate --num-gpus 2.5", "--num-gpus", "no whole number"),
     ("generate --num-gpus two", "--num-gpus", "two"),
@@ -307,7 +307,7 @@ BAD_LINES = [
     ("serve --host nowhere.invalid", "host", "nowhere.invalid"),
     ("serve --config nowhere.json", "--config", "cannot be read: No such file"),
     ("generate --lora-path me/style", "--lora-path", "LoRA adapters are not available yet"),
-    ("generate --tp-size 2", "--tp-size", "text encoders"),
+    ("generate --prompt a --tp-size 2", "tp_size", "take one of [1]"),
     ("generate --backend diffusers", "--backend", "diffusers backend is not available yet"),
     ("generate --attention-backend sage_attn", "--attention-backend", "take torch_sdpa"),
     ("serve --warmup-resolutions 256x256 720x720", "--warmup-resolutions", "warm-up"),

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import httpx2
 import numpy as np
+import psutil
 import pytest
 import structlog
 from fake_mesh import EPOCH, MODEL_FOLDER, demo_model, moving_frames
@@ -718,3 +719,46 @@ def test_the_sdk_does_not_notice_a_scheduler_that_dies(undisturbed, number):
         assert np.array_equal(result.frames, undisturbed)
         assert generator.pids["scheduler"] != before["scheduler"]
         assert generator.pids["workers"] == before["workers"]
+
+
+@pytest.fixture
+def start_run(tmp_path, short_tmp):
+    """Starts `framemesh run`, which has come to the denoising when this returns."""
+    started = []
+
+    def start(steps):
+        command = [sys.executable, "-P", "-m", "launch", "run", "--port", "0", "--output-path", str(tmp_path / "out")]
+        command += ["--prompt", BODY["prompt"], "--num-inference-steps", str(steps), "--output-file-name", "a.mp4"]
+        environment = child_environment({})
+        run = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        started.append(run)
+        assert "denoising\n" in iter(run.stderr.readline, "")
+        return run
+
+    yield start
+    for run in started:
+        run.kill()
+        run.communicate()
+
+
+@pytest.mark.slow
+def test_one_run_over_http_outlives_its_gateway(start_run, tmp_path, short_tmp):
+    run = start_run(LONG)
+    children = psutil.Process(run.pid).children()
+    next(child for child in children if "gateway" in child.cmdline()).kill()
+    out, errors = run.communicate(timeout=60)
+    assert run.returncode == 0, errors
+    assert len(read_frames(tmp_path / "out" / "a.mp4")) == 17
+    assert out.startswith("video "), "only the result is printed there"
+    assert "starting a process again" in errors
+    assert not list(short_tmp.glob("framemesh-*"))
+
+
+@pytest.mark.slow
+def test_a_run_that_is_interrupted_says_nothing_but_that(start_run, short_tmp):
+    run = start_run(1000)
+    run.send_signal(signal.SIGINT)
+    out, errors = run.communicate(timeout=30)
+    assert (run.returncode, out) == (130, "")
+    assert errors == "stopping\n"
+    assert not list(short_tmp.glob("framemesh-*"))

@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import CARD, SECONDS, KnownCost, Simulation, State, bytes_of, ids_of
 
+import runtime.fairness
 from runtime.cost import Constants, CostModel, Line
 from runtime.fairness import AGEING
 from runtime.protocol import (
@@ -1481,6 +1482,39 @@ def test_no_key_that_waits_lags_by_more_than_its_turns_items(arrivals, num_ranks
         mesh.run(until=iter([False, True]).__next__)
         check_lag(mesh, bound)
     assert {type(end) for end in mesh.ends.values()} == {Completed}
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(arrivals=ARRIVALS, num_ranks=st.integers(1, 3))
+def test_no_request_waits_longer_than_for_the_work_that_may_go_before_it(arrivals, num_ranks):
+    """Within a key: ageing lets nothing overtake a request of R seconds that arrives R / AGEING later or more, and as
+    long as there is work the mesh does a second of it per second. With quick ageing the bound is a sharp one."""
+    ageing = 1.0
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runtime.fairness, "AGEING", ageing)
+        check_waits(arrivals, num_ranks, ageing)
+
+
+def check_waits(arrivals, num_ranks, ageing):
+    mesh = Simulation(num_ranks=num_ranks, cost=KnownCost(growth=1.0), budget=1 << 50)
+    mesh.join(credits=1000)
+    arrived, ended = {}, {}
+
+    def note():
+        ended.update(dict.fromkeys(mesh.ends.keys() - ended.keys(), mesh.now))
+
+    for number, (pause, _, steps, frames) in enumerate(arrivals):
+        until = mesh.now + pause
+        mesh.run(until=lambda t=until: note() or not mesh.due or min(mesh.due.values()) >= t)
+        mesh.now = max(mesh.now, until)
+        mesh.submit(f"r{number}", steps=steps, frames=frames)
+        arrived[f"r{number}"] = (mesh.now, mesh.predicted[f"r{number}"])
+    mesh.run(until=note)
+    note()
+    for name, (at, work) in arrived.items():
+        horizon = at + work / ageing
+        before = sum(seconds for when, seconds in arrived.values() if when <= horizon)
+        assert ended[name] <= horizon + before + 4 * ITEM_SECONDS
 
 
 def check_lag(mesh, bound):

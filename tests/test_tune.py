@@ -12,14 +12,15 @@ from tiny_wan import DEMO
 
 from launch.cli import main
 from launch.options import take_in
-from launch.tune import load_machine, read_weights
+from launch.tune import read_weights
 from runtime import traffic
 from runtime.errors import InvalidInput
 from runtime.layout import Layout
+from runtime.machine import Machine, load_machine
 from runtime.models.card import card_for, read_configs
 from runtime.sampling import SamplingParams
 from runtime.traffic import Work, step_traffic
-from runtime.tune import GIB, Candidate, Machine, Tuner, Weights, crossover, crossovers, layouts, why
+from runtime.tune import GIB, Candidate, Tuner, Weights, crossover, crossovers, layouts, why
 
 WORK = Work(tokens=1000, width=64, heads=4, attentions=3, branches=2, latents=4000)
 SHAPE = SamplingParams(prompt="a", height=720, width=1280, num_frames=81, guidance_scale=5.0)

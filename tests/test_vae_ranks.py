@@ -4,6 +4,8 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
+from tiny_flux import build_tiny_flux
+from tiny_qwen_image import build_tiny_qwen_image
 from tiny_wan import build_tiny_wan
 
 from workers.parallel.comm import Group
@@ -14,7 +16,10 @@ BOUND = 1e-5
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    return build_tiny_wan(tmp_path_factory.mktemp("tiny") / "wan")
+    """The folders of one pipeline of each family, as one word."""
+    place = tmp_path_factory.mktemp("tiny")
+    builders = {"wan": build_tiny_wan, "flux": build_tiny_flux, "qwen": build_tiny_qwen_image}
+    return ",".join(str(build(place / name)) for name, build in builders.items())
 
 
 def run(tmp_path, num_ranks, folder, mutation="none"):
@@ -42,7 +47,8 @@ def test_strips_equal_the_whole_frame(tmp_path, tiny, num_ranks):
         assert {case.split("/")[0] for case in found} == {"wan", "wan22", "qwen", "kl"}
         assert max(found.values()) <= BOUND, found
     # What the one rank that sends frames gets through the executor, against every rank's own decode.
-    for name in ("tall", "flat", "other"):
+    names = [f"{family}/{shape}" for family in ("wan", "flux", "qwen_image") for shape in ("tall", "flat", "other")]
+    for name in names:
         together = ranks[0][f"executed/{name}/together"]
         for tensors in ranks:
             alone = tensors[f"executed/{name}/alone"]

@@ -44,7 +44,7 @@ class Executor:
         self.in_collectives = False
         """After an error: it was raised between collectives, in which other ranks may wait for this one."""
         self.sharded = False
-        """Weights are gathered from other ranks, in every forward."""
+        """Encoders work together with other ranks, in every forward: weights are gathered, or layers shared."""
         self.decode_group: Group = ALONE
         """With whom this rank decodes when an item names several ranks."""
         self._family = family
@@ -111,7 +111,7 @@ class Executor:
         with self._sequence.over(groups):
             for together in self._forwards(states, branches_of(branches, groups.cfg), groups):
                 inputs = self._family.inputs(states, together)
-                with self._collectives(layout.num_ranks > 1):
+                with self._collectives(True):
                     output = self._family.denoiser(**inputs)[0]
                 mine |= dict(zip(together, output.split(len(states)), strict=True))
         with self._collectives(groups.cfg.size > 1):

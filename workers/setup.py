@@ -10,7 +10,10 @@ import psutil
 import torch
 
 from runtime.config import Config
+from runtime.folding import resolve_tp
 from runtime.layout import layouts_of
+from runtime.log import get_logger
+from runtime.machine import load_machine
 from runtime.models.card import Card, read_configs
 from runtime.protocol import ModelInfo
 from workers.attention.backends import choose
@@ -18,11 +21,14 @@ from workers.executor import Executor
 from workers.frames import FrameSender
 from workers.models.family import Family, Precisions, load_family
 from workers.models.loading import Loader
+from workers.parallel.encoder import tensor_group
 from workers.parallel.fsdp import shard_mesh
 from workers.parallel.groups import init_distributed, make_groups, pick_backend, warm_up
 from workers.parallel.sequence import SequenceParallel
 from workers.parallel.usp import usp_attention
 from workers.parallel.yunchang_engine import yunchang_engine
+
+log = get_logger("setup")
 
 STATE_SHARE = 0.5
 """Of the free memory; the rest is for the activations of a forward and of a decode."""
@@ -49,17 +55,31 @@ def build_executor(
     if layout.num_ranks > 1:
         init_distributed(backend, config.dist_timeout, generation)
     groups = make_groups(layouts_of(layout, card), rank, backend)
-    mesh = shard_mesh(layout.num_ranks, device) if config.use_fsdp_inference else None
+    loader = make_loader(config, folder, device, rank, staged=backend == "staged")
     warm_up(groups, device)
-    family, precisions = load_family(folder, card, config, Loader(device, mesh))
+    family, precisions = load_family(folder, card, config, loader)
     kernel = choose(config.attention_backend)
     engine = usp_attention if config.sp_engine == "native" else yunchang_engine(layout.num_ranks, device)
     sequence = SequenceParallel(family.denoiser, family.sequence_plan, kernel, family.attention_processor, engine)
     executor = Executor(family, card, sequence, groups, sender.send)
-    executor.sharded = mesh is not None
+    executor.sharded = loader.mesh is not None or loader.tensor_group is not None
     if config.vae_sp:
         executor.decode_group = groups[layout].replica
     return executor, family, precisions
+
+
+def make_loader(config: Config, folder: Path, device: torch.device, rank: int, *, staged: bool) -> Loader:
+    """How weights are spread over the ranks; makes its groups, so every rank has to call it."""
+    num_ranks = config.num_gpus
+    mesh = shard_mesh(num_ranks, device) if config.use_fsdp_inference else None
+    # Without knowing its links, a machine is taken to have slow ones.
+    machine = load_machine("h100-pcie" if device.type == "cuda" else "cpu-gloo")
+    # Sharded encoders hold 1/N already; splitting their layers as well is only done when it is asked for.
+    wanted = 1 if config.use_fsdp_inference and config.tp_size is None else config.tp_size
+    tp, reason = resolve_tp(wanted, read_configs(folder), config.layout.sp, machine)
+    if num_ranks > 1 and rank == 0:
+        log.info("text encoders", reason=reason)
+    return Loader(device, mesh, tensor_group(num_ranks, tp, rank, staged=staged))
 
 
 def describe_model(

@@ -41,7 +41,7 @@ class ImageCard:
     """Of a usual prompt, as the denoiser sees it."""
     task_type: str = "T2I"
     decode_streams: str = "in one piece"
-    decodes_in_strips: bool = False
+    decodes_in_strips: bool = True
 
     def check(self, params: SamplingParams) -> ResolvedParams:
         if not params.prompt.strip():

@@ -21,9 +21,10 @@ from runtime.models.flux import TEXT_TOKENS, FluxCard
 from runtime.protocol import Request, TokenizerExport
 from workers.attention.backends import Attend
 from workers.models.loading import Loader, load_scheduler
-from workers.models.still import flow_solver, packed_noise, to_pixels, unpack
+from workers.models.still import decode_still, flow_solver, packed_noise, unpack
 from workers.parallel.comm import ALONE, Group
 from workers.parallel.sequence import SequencePlan, Split
+from workers.parallel.vae import StripParallel
 from workers.state import RequestState
 
 PROMPTS = {"cond": "prompt", "uncond": "negative_prompt"}
@@ -105,6 +106,7 @@ class FluxFamily:
     denoiser: Any
     vae: Any
     solver: Any
+    strips: StripParallel
     sequence_plan: SequencePlan = SEQUENCE_PLAN
     attention_processor: Callable[[Attend], Any] = FluxAttention
 
@@ -133,6 +135,7 @@ class FluxFamily:
             denoiser=denoiser,
             vae=vae,
             solver=load_scheduler(folder),
+            strips=StripParallel(vae.decoder),
         )
 
     @property
@@ -221,7 +224,7 @@ class FluxFamily:
         latents = unpack(state.latents, self.card.grid(state.params))
         config = self.vae.config
         latents = (latents / config.scaling_factor + config.shift_factor).to(self.vae.dtype)
-        yield to_pixels(self.vae.decode(latents, return_dict=False)[0])
+        yield decode_still(self.vae, latents, self.strips, group)
 
 
 def tile(vae: Any, wanted: VaeConfig) -> None:

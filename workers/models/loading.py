@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
+from transformers import PreTrainedModel
+from transformers.conversion_mapping import get_model_conversion_mapping
 
 from runtime.log import get_logger
-from workers.parallel import fsdp
-
-LANGUAGE_PREFIXES = ("model.language_model.", "model.")
-"""Before the names of a vision-language model's text layers, as transformers 5 and as earlier ones save them."""
+from workers.parallel import encoder, fsdp
+from workers.parallel.comm import Group
 
 log = get_logger("loading")
 
@@ -39,53 +39,93 @@ class Loader:
     device: torch.device
     mesh: DeviceMesh | None = None
     """The shard group of FSDP; None: every rank holds everything."""
+    tensor_group: Group | None = None
+    """The ranks that share the layers of the text encoders; None: every rank computes all of them."""
 
     def whole(self, cls: Any, folder: Path, dtype: torch.dtype) -> Any:
         """A diffusers or transformers module with all its weights on the device."""
         return cls.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(self.device).eval()
 
     def denoiser(self, cls: Any, folder: Path, dtype: torch.dtype) -> Any:
-        return self._sharded(cls, folder, dtype)
+        return self.whole(cls, folder, dtype) if self.mesh is None else self._sharded(cls, folder, dtype, "", ())
 
-    def text_encoder(self, cls: Any, folder: Path, dtype: torch.dtype) -> Any:
-        return self._sharded(cls, folder, dtype)
+    def text_encoder(
+        self, cls: Any, folder: Path, dtype: torch.dtype, *, used: str = "", unused: tuple[str, ...] = ()
+    ) -> Any:
+        """A text encoder: whole, split by layers over `tensor_group`, or sharded over `mesh`.
 
-    def language_model(self, cls: Any, inner: Any, folder: Path, dtype: torch.dtype) -> Any:
-        """The `inner` language model of a vision-language `cls`, of which a text-only prompt needs nothing else."""
-        if self.mesh is None:
-            return self.whole(cls, folder, dtype).model.language_model
-        return self._sharded(inner, folder, dtype, LANGUAGE_PREFIXES)
+        Args:
+            cls: class of the weights in the folder.
+            folder: of the component.
+            dtype: what it computes in.
+            used: the submodule that will be called, by name; unset: the module itself.
+            unused: submodules that nobody calls (a vision tower, a language head), which are not held at all.
+        """
+        plan = encoder.PLANS.get(cls.__name__)
+        if self.tensor_group is not None and plan is not None:
+            return self._split(cls, folder, dtype, used, unused, plan, self.tensor_group)
+        if self.mesh is not None:
+            return self._sharded(cls, folder, dtype, used, unused)
+        module = cls.from_pretrained(folder, dtype=dtype, use_safetensors=True).eval()
+        _drop(module, unused)
+        return module.to(self.device).get_submodule(used)
 
-    def _sharded(self, cls: Any, folder: Path, dtype: torch.dtype, prefixes: tuple[str, ...] = ()) -> Any:
-        if self.mesh is None:
-            return self.whole(cls, folder, dtype)
+    def _sharded(self, cls: Any, folder: Path, dtype: torch.dtype, used: str, unused: tuple[str, ...]) -> Any:
+        assert self.mesh is not None
         module = empty_module(cls, folder, dtype)
-        fsdp.shard(module, self.mesh)
-        fill(module, Weights(folder, prefixes), self.device, fsdp.local_slices, fsdp.with_local)
-        fsdp.log_resident("weights loaded", module)
-        return module
+        # Before the classes get their FSDP names, by which transformers does not know them.
+        weights = Weights(folder, module)
+        _drop(module, unused)
+        # FSDP gathers what its root holds when the root is called: that is the part which will be.
+        root = module.get_submodule(used)
+        fsdp.shard(root, self.mesh)
+        fill(module, weights, self.device, fsdp.local_slices, fsdp.with_local)
+        fsdp.log_resident("weights loaded", root)
+        return root
+
+    def _split(
+        self,
+        cls: Any,
+        folder: Path,
+        dtype: torch.dtype,
+        used: str,
+        unused: tuple[str, ...],
+        plan: encoder.TensorPlan,
+        group: Group,
+    ) -> Any:
+        module = empty_module(cls, folder, dtype)
+        weights = Weights(folder, module)
+        _drop(module, unused)
+        parts = encoder.parts(module, plan, group)
+        fill(module, weights, self.device, lambda p: parts.get(p) or encoder.whole(p), lambda _, mine: mine)
+        encoder.split(module, plan, group)
+        return module.get_submodule(used)
+
+
+def _drop(module: nn.Module, names: tuple[str, ...]) -> None:
+    for name in names:
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, None)
 
 
 class Weights:
-    """The safetensors files of one component; knows where each tensor is and how many bytes were read.
+    """The safetensors files of one component; knows where each tensor is and how many bytes were read."""
 
-    The first of `prefixes` that a name in the files begins with is left out of it.
-    """
-
-    def __init__(self, folder: Path, prefixes: tuple[str, ...] = ()) -> None:
+    def __init__(self, folder: Path, module: Any) -> None:
         self.bytes_read = 0
-        self._files = {_without(prefixes, key): (file, key) for file in weight_files(folder) for key in _keys(file)}
+        self._files = {key: file for file in weight_files(folder) for key in _keys(file)}
+        self._keys = _names_in(module, self._files)
 
-    def __contains__(self, key: str) -> bool:
-        return key in self._files
+    def __contains__(self, name: str) -> bool:
+        return name in self._keys
 
-    def read(self, key: str, part: tuple[slice, ...]) -> torch.Tensor:
-        """A slice of a tensor; the rest of it stays on disk."""
-        path, name = self._files[key]
-        with safe_open(path, framework="pt") as file:
-            view = file.get_slice(name)
+    def read(self, name: str, part: tuple[slice, ...]) -> torch.Tensor:
+        """A slice of the tensor that the module calls so; the rest of it stays on disk."""
+        key = self._keys[name]
+        with safe_open(self._files[key], framework="pt") as file:
+            view = file.get_slice(key)
             # A scalar cannot be sliced, and an empty slice need not be read.
-            tensor: torch.Tensor = view[part] if part else file.get_tensor(name)
+            tensor: torch.Tensor = view[part] if part else file.get_tensor(key)
             # The slice is a view of the mapped file: only a copy lets go of it.
             tensor = tensor.clone(memory_format=torch.contiguous_format)
         self.bytes_read += tensor.numel() * tensor.element_size()
@@ -103,8 +143,19 @@ def weight_files(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
 
 
-def _without(prefixes: tuple[str, ...], key: str) -> str:
-    return key.removeprefix(next((prefix for prefix in prefixes if key.startswith(prefix)), ""))
+def _names_in(module: Any, keys: Iterable[str]) -> dict[str, str]:
+    """Name in the module -> key in the files: transformers renamed some modules after their weights were saved."""
+    names = {name for name, _ in (*module.named_parameters(remove_duplicate=False), *module.named_buffers())}
+    renames = get_model_conversion_mapping(module) if isinstance(module, PreTrainedModel) else []
+    found = {}
+    for key in keys:
+        name = key
+        for rename in renames:
+            if name in names:
+                break
+            name, _ = rename.rename_source_key(name)
+        found[name] = key
+    return found
 
 
 def _keys(file: Path) -> list[str]:
@@ -153,7 +204,7 @@ def fill(
     module: Any,
     weights: Weights,
     device: torch.device,
-    part_of: Callable[[torch.Tensor], tuple[slice, ...]],
+    part_of: Callable[[nn.Parameter], tuple[slice, ...]],
     wrap: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
 ) -> None:
     """Give every parameter its values: `part_of` names this rank's slice, `wrap` makes the parameter of it.

@@ -14,16 +14,17 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLQwenImage, QwenImageTransformer2DModel
 from diffusers.models.transformers.transformer_qwenimage import apply_rotary_emb_qwen
-from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLTextModel
+from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 
 from runtime.config import Config
 from runtime.models.qwen_image import MAX_TEXT_TOKENS, TEMPLATE_TOKENS, QwenImageCard
 from runtime.protocol import Request, TokenizerExport
 from workers.attention.backends import Attend, as_bias
 from workers.models.loading import Loader, load_scheduler
-from workers.models.still import flow_solver, packed_noise, to_pixels, unpack
+from workers.models.still import decode_still, flow_solver, packed_noise, unpack
 from workers.parallel.comm import ALONE, Group
 from workers.parallel.sequence import SequencePlan, Split
+from workers.parallel.vae import StripParallel
 from workers.state import RequestState
 
 PROMPTS = {"cond": "prompt", "uncond": "negative_prompt"}
@@ -121,6 +122,7 @@ class QwenImageFamily:
     denoiser: Any
     vae: Any
     solver: Any
+    strips: StripParallel
     sequence_plan: SequencePlan = SEQUENCE_PLAN
     attention_processor: Callable[[Attend], Any] = field(
         default_factory=lambda: functools.partial(QwenImageAttention, TextPadding())
@@ -130,8 +132,13 @@ class QwenImageFamily:
     def load(
         folder: Path, card: QwenImageCard, config: Config, loader: Loader, dtypes: dict[str, torch.dtype]
     ) -> QwenImageFamily:
-        text_encoder = loader.language_model(
-            Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLTextModel, folder / "text_encoder", dtypes["text_encoder"]
+        text_encoder = loader.text_encoder(
+            Qwen2_5_VLForConditionalGeneration,
+            folder / "text_encoder",
+            dtypes["text_encoder"],
+            used="model",
+            # A text-only prompt needs neither the eyes nor the words that would come next.
+            unused=("model.visual", "lm_head"),
         )
         denoiser = loader.denoiser(QwenImageTransformer2DModel, folder / "transformer", dtypes["dit"])
         vae = loader.whole(AutoencoderKLQwenImage, folder / "vae", dtypes["vae"])
@@ -145,6 +152,7 @@ class QwenImageFamily:
             denoiser=denoiser,
             vae=vae,
             solver=load_scheduler(folder),
+            strips=StripParallel(vae.decoder),
         )
 
     @property
@@ -211,7 +219,7 @@ class QwenImageFamily:
         config = self.vae.config
         mean = latents.new_tensor(config.latents_mean).view(1, -1, 1, 1, 1)
         std = 1.0 / latents.new_tensor(config.latents_std).view(1, -1, 1, 1, 1)
-        yield to_pixels(self.vae.decode(latents / std + mean, return_dict=False)[0][:, :, 0])
+        yield decode_still(self.vae, latents / std + mean, self.strips, group)
 
 
 def pad_text(prompts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor | None]:

@@ -14,6 +14,8 @@ from diffusers.pipelines.flux.pipeline_flux import calculate_shift
 from diffusers.utils.torch_utils import randn_tensor
 
 from runtime.models.image import PACK
+from workers.parallel.comm import ALONE, Group
+from workers.parallel.vae import StripParallel, my_strip, strip_rows, whole_frames
 
 
 def packed_noise(
@@ -47,6 +49,23 @@ def flow_solver(solver: Any, steps: int, image_tokens: int, device: torch.device
     own.set_timesteps(sigmas=np.linspace(1.0, 1 / steps, steps), device=device, mu=mu)
     own.set_begin_index(0)
     return own
+
+
+def decode_still(vae: Any, latents: torch.Tensor, strips: StripParallel, group: Group) -> torch.Tensor:
+    """(1, C, h, w), or (1, C, 1, h, w) of a video VAE -> uint8 (1, height, width, 3), by all members of the group."""
+    rows = strip_rows(latents.shape[-2], group)
+    if len(rows) == 1:
+        group = ALONE
+    tiling = vae.use_tiling
+    # Strips are what tiles are for, less memory per rank, and they blend nothing.
+    vae.use_tiling = tiling and group.size == 1
+    try:
+        with strips.over(group, rows):
+            image = vae.decode(my_strip(latents, rows, group), return_dict=False)[0]
+    finally:
+        vae.use_tiling = tiling
+    strip = to_pixels(image[:, :, 0] if image.ndim == 5 else image)
+    return whole_frames(strip, rows, group) if group.size > 1 else strip
 
 
 def to_pixels(image: torch.Tensor) -> torch.Tensor:

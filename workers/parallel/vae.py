@@ -22,7 +22,10 @@ import torch
 from torch import nn
 
 from runtime.layout import share_sizes
+from runtime.log import get_logger
 from workers.parallel.comm import ALONE, Group
+
+log = get_logger("vae")
 
 WHOLE_FRAME = ("mid_block.attentions.*",)
 """Modules of a decoder that attend to the whole frame, by name."""
@@ -150,7 +153,10 @@ def exchange_halo(x: torch.Tensor, reach: int, group: Group) -> torch.Tensor:
 
 def strip_rows(height: int, group: Group) -> list[int]:
     """Rows of each rank's strip; one strip for a frame with fewer rows than ranks."""
-    return share_sizes(height, group.size) if height >= group.size else [height]
+    if height >= group.size:
+        return share_sizes(height, group.size)
+    log.warning("a frame has fewer rows than there are ranks; every rank decodes it alone", rows=height)
+    return [height]
 
 
 def my_strip(x: torch.Tensor, rows: Sequence[int], group: Group) -> torch.Tensor:
