@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= a red circle moving right
 
-.PHONY: run serve test check parity bench bench-serving clean
+.PHONY: run serve test check parity bench bench-serving chaos soak clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.run  ## one prompt over HTTP through a 2-rank mesh; a video and a contact sheet in outputs/
@@ -33,10 +33,17 @@ bench: $(VENV)/.test  ## the figures of bench/results/, measured again (about 10
 	$(BIN)/python -m bench.prediction
 	$(BIN)/python -m bench.fuzz
 	$(BIN)/python -m bench.parallel
+	$(BIN)/python -m bench.backpressure
 
 bench-serving: $(VENV)/.test  ## every policy and a naive diffusers server on the same traces (about 20 minutes)
 	$(BIN)/python -m bench.serving
 	$(BIN)/python -m bench.simulate --validate
+
+chaos: $(VENV)/.test  ## every process killed and suspended in every phase under load (about 10 minutes)
+	$(BIN)/python -m bench.chaos
+
+soak: $(VENV)/.test  ## 20 minutes of load with a kill every half minute
+	$(BIN)/python -m bench.soak
 
 # The CPU build of torch satisfies the pin where that is what the index offers; a CUDA machine gets the CUDA build.
 $(VENV)/bin/python:

@@ -14,10 +14,9 @@ from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
 
-import msgspec
-
 from bench.report import machine, save, spread
 from framemesh import Generator
+from runtime.trace import TraceLine, read_trace
 
 
 def main() -> None:
@@ -31,23 +30,23 @@ def main() -> None:
         with Generator.from_pretrained("demo", num_gpus=args.ranks, trace_path=str(trace)) as generator:
             generator.generate("a red circle moving right", seed=1)
             generator.generate("a red circle moving right", seed=1, num_inference_steps=args.steps)
-        items = [msgspec.json.decode(line, type=dict[str, float]) for line in trace.read_bytes().splitlines()]
+        items = read_trace(trace)
     gaps = _gaps_ms(items)
     save("gaps", where, {"wanted_ms": 2.0, "gap_ms": spread(gaps), "items": len(items), "ranks": args.ranks})
 
 
-def _gaps_ms(items: list[dict[str, float]]) -> list[float]:
+def _gaps_ms(items: list[TraceLine]) -> list[float]:
     """Milliseconds between neighbouring items of each rank; pauses over 100 ms lie between requests."""
-    by_rank: dict[float, list[dict[str, float]]] = defaultdict(list)
+    by_rank: dict[int, list[TraceLine]] = defaultdict(list)
     for item in items:
-        by_rank[item["rank"]].append(item)
+        by_rank[item.rank].append(item)
     gaps = []
     for rows in by_rank.values():
-        rows.sort(key=lambda row: row["seq"])
+        rows.sort(key=lambda row: row.seq)
         for before, after in pairwise(rows):
             # Ranks other than the decoding one sit out its items: only direct neighbours count.
-            if after["seq"] == before["seq"] + 1:
-                gaps.append(1000 * (after["started"] - before["finished"]))
+            if after.seq == before.seq + 1:
+                gaps.append(1000 * (after.started - before.finished))
     return [gap for gap in gaps if gap < 100]
 
 

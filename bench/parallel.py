@@ -153,9 +153,8 @@ def crew(args: argparse.Namespace, num_ranks: int, threads: int) -> Iterator[lis
     finally:
         for process in processes:
             process.kill()
-            process.wait()
-            for pipe in (process.stdin, process.stdout):
-                cast(IO[str], pipe).close()
+            # Closes the pipes and waits.
+            process.__exit__(None, None, None)
 
 
 def ask(processes: list[subprocess.Popen[str]], layout: Layout) -> list[dict[str, float]]:

@@ -130,6 +130,8 @@ class Mesh:
         """When the scheduler was heard or greeted last."""
         self._inboxes: dict[str, _Inbox] = {}
         self._outbox: list[_Inbox] = []
+        self._over: list[str] = []
+        """Requests that the next scheduler has to be told are over."""
         self._tasks: list[asyncio.Task[None]] = []
         self._flush: asyncio.Task[None] | None = None
         self._changed = asyncio.Condition()
@@ -235,6 +237,13 @@ class Mesh:
     async def cancel(self, request_id: str, reason: str) -> None:
         await self._tell(Cancel(request_id, reason))
 
+    async def forget(self, request_id: str) -> None:
+        """A request of an earlier process is over: a checkpoint of it may be left that nobody needs any more."""
+        if self._epoch is None:
+            self._over.append(request_id)
+        else:
+            await self._tell(Stored(request_id))
+
     def abort(self, reason: str) -> None:
         """The mesh is lost for good: every running request ends with this reason, and every later one."""
         self._lost = reason
@@ -253,7 +262,7 @@ class Mesh:
         inbox.stored = frames.last
         if inbox.stored and inbox.unheard:
             inbox.end_unheard(self._epoch)
-        elif inbox.stored:
+        if inbox.stored:
             await self._tell(Stored(inbox.request.id))
 
     def _submit(self, inbox: _Inbox) -> None:
@@ -314,13 +323,19 @@ class Mesh:
             return
         first, self._epoch = self._epoch is None, epoch
         self._control.set_epoch(epoch)
+        over, self._over = self._over, []
+        for request_id in over:
+            await self._tell(Stored(request_id))
         if first and not self._inboxes:
             return
         await self._greet()
+        over = [request_id for request_id, inbox in self._inboxes.items() if inbox.stored]
         batch = tuple(self._owed())
         log.warning("the scheduler was started anew", epoch=epoch, resubmitted=len(batch))
         if batch:
             await self._tell(Submit(batch))
+        for request_id in over:
+            await self._tell(Stored(request_id))
 
     def _owed(self) -> list[Request]:
         """What a new scheduler has to be told: all that runs, but for what only its Completed is missing of."""

@@ -79,6 +79,7 @@ class Supervisor:
             self._keepers["gateway"] = Keeper("gateway", self._start_gateway, self._until_gateway_deaf)
         self._tasks: dict[str, asyncio.Task[None]] = {}
         self._trouble: asyncio.Future[str] | None = None
+        self._patience: asyncio.TimerHandle | None = None
         self._ready = asyncio.Event()
         self._draining = asyncio.Event()
         self._left = asyncio.Event()
@@ -163,6 +164,7 @@ class Supervisor:
 
     async def stop(self, *, at_once: bool = False) -> None:
         """End every process and remove every socket; safe to call at any time."""
+        self._expect_back(None)
         for task in self._tasks.values():
             task.cancel()
         await asyncio.gather(*self._tasks.values(), return_exceptions=True)
@@ -294,6 +296,7 @@ class Supervisor:
             self._draining.set()
         if state.ready:
             self._ready.set()
+            self._expect_back(None)
             return
         reason = state.reason.removeprefix("the workers are restarting: ")
         if not self._ready.is_set() and state.losses:
@@ -301,6 +304,17 @@ class Supervisor:
             self._give_up(reason)
         elif state.gave_up:
             self._give_up(f"the workers were lost too often (--crash-limit): {reason}")
+        elif not state.draining:
+            self._expect_back(f"the workers did not come back within {self.config.start_timeout} s: {reason}")
+
+    def _expect_back(self, otherwise: str | None) -> None:
+        """Give the ranks as long as at the start; what dies before its first word is a loss that nobody counts."""
+        if otherwise is None and self._patience is not None:
+            self._patience.cancel()
+            self._patience = None
+        elif otherwise is not None and self._patience is None:
+            later = asyncio.get_running_loop().call_later
+            self._patience = later(self.config.start_timeout, self._give_up, otherwise)
 
     def _fence(self, message: Fence) -> None:
         """Kill a rank that hangs, if it is one of ours."""
@@ -332,10 +346,12 @@ class Supervisor:
 
     def _torchrun(self) -> list[str]:
         elastic = ("--nnodes=1", f"--nproc-per-node={self.config.num_gpus}", "--rdzv-backend=c10d")
+        # It makes a folder for logs even if it writes none; in ours it goes with us.
+        logs = (f"--log-dir={self._run_dir / 'torchrun'}",)
         # Restarts are the scheduler's recovery path; its crash-loop rule is what ends them.
         restarts = ("--rdzv-endpoint=127.0.0.1:0", "--max-restarts=1000", "--monitor-interval=0.2")
         worker = ("-m", "workers", "--scheduler", self.scheduler_endpoint, *self._shared)
-        return python_module("torch.distributed.run", *elastic, *restarts, *worker)
+        return python_module("torch.distributed.run", *elastic, *logs, *restarts, *worker)
 
     def _worker_environment(self) -> dict[str, str]:
         threads = max((os.cpu_count() or 1) // self.config.num_gpus, 1)

@@ -6,13 +6,10 @@ import argparse
 import signal
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
-import msgspec
-
 from runtime.batching import BatchLimits, BatchRule, read_batch_rules
-from runtime.checkpoints import find_saved
+from runtime.checkpoints import Leftovers, find_saved
 from runtime.config import Config, load_frozen
 from runtime.cost import CostModel
 from runtime.costfile import cost_path, load_constants, save_constants
@@ -20,9 +17,10 @@ from runtime.engine import Engine
 from runtime.keys import load_keys
 from runtime.log import get_logger, setup_logging
 from runtime.models.card import card_for, read_configs
-from runtime.protocol import Done, FromScheduler, ToScheduler
+from runtime.protocol import FromScheduler, ToScheduler
 from runtime.recovery import LossLog
 from runtime.scheduler import Scheduler
+from runtime.trace import Trace
 from runtime.wire import Channel, set_keys
 
 
@@ -51,14 +49,15 @@ def main() -> None:
         config.max_active,
         checkpoint_every=config.checkpoint_every_steps,
         decode_on_all=config.vae_sp and config.num_gpus > 1,
-        found=find_saved(config.spool) if config.checkpoint_every_steps else {},
+        found=Leftovers(find_saved(config.spool) if config.checkpoint_every_steps else {}),
         losses=LossLog(config.crash_limit),
     )
     channel: Channel[FromScheduler, ToScheduler] = Channel.bind(args.bind, ToScheduler)
-    trace = _trace_to(Path(config.trace_path)) if config.trace_path else None
+    epoch = time.time_ns()
+    trace = Trace(Path(config.trace_path), epoch) if config.trace_path else None
     # The supervisor ends us with SIGTERM; what was learnt has to be kept.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(0))
-    engine = Engine(channel, scheduler, time.time_ns(), trace)
+    engine = Engine(channel, scheduler, epoch, trace)
     get_logger("engine").info("listening", endpoint=channel.endpoint, layout=str(config.layout))
     try:
         while not engine.stopped:
@@ -66,20 +65,12 @@ def main() -> None:
     finally:
         save_constants(cost.constants, cost_file)
         channel.close(linger_s=1.0)
+        if trace is not None:
+            trace.close()
 
 
 def _rules(config: Config) -> tuple[BatchRule, ...]:
     return read_batch_rules(Path(config.batching_config)) if config.batching_config is not None else ()
-
-
-def _trace_to(path: Path) -> Callable[[Done], None]:
-    """A line per item and rank: rank, seq, started, finished (that rank's monotonic clock, seconds)."""
-    lines = path.open("wb", buffering=0)
-
-    def write(done: Done) -> None:
-        lines.write(msgspec.json.encode(msgspec.structs.asdict(done)) + b"\n")
-
-    return write
 
 
 if __name__ == "__main__":

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
+from collections.abc import Iterable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import msgspec
@@ -13,7 +16,34 @@ from runtime.protocol import SavedState
 
 MAX_HEADER_BYTES = 1 << 20
 
+UNCLAIMED_S = 3600.0
+"""How long a checkpoint of an earlier life is kept for a gateway that hands its request in again."""
+
 log = get_logger("checkpoints")
+
+
+@dataclass
+class Leftovers:
+    """Checkpoints of an earlier life that wait for their requests."""
+
+    saved: dict[str, SavedState] = field(default_factory=dict)
+    until: float = math.inf
+    """When whoever was to hand the requests in does not come any more."""
+
+    def claim(self, request_id: str) -> SavedState | None:
+        """The checkpoint, which is the caller's from now on."""
+        return self.saved.pop(request_id, None)
+
+    def expire(self, now: float) -> Iterable[str]:
+        """The requests whose time is over; it begins with the first call."""
+        if not self.saved:
+            self.until = math.inf
+        elif math.isinf(self.until):
+            self.until = now + UNCLAIMED_S
+        elif now >= self.until:
+            late, self.saved, self.until = self.saved, {}, math.inf
+            return late
+        return ()
 
 
 class _Owner(msgspec.Struct, frozen=True):

@@ -131,7 +131,7 @@ class Config:
     log_level: LogLevel = "info"
     """How much the processes log."""
     trace_path: str | None = None
-    """Write the start and end of every work item on every rank to this file (JSON lines)."""
+    """Append the start and end of every work item on every rank to this file (JSON lines)."""
 
     @property
     def layout(self) -> Layout:
@@ -169,10 +169,7 @@ def check_config(config: Config) -> None:
     Raises:
         InvalidInput: names the field.
     """
-    if config.enable_cfg_parallel and config.cfg_degree == 1:
-        raise InvalidInput("cfg_parallel_size", "1 contradicts enable_cfg_parallel; take 2 or more, or leave it out")
-    _ = config.layout
-    _check_transport(config)
+    _check_parallel(config)
     if not 0 <= config.port <= 65535:
         raise InvalidInput("port", f"{config.port} is not a port; take 0 (any free one) to 65535")
     if not config.vae_config.load_decoder:
@@ -195,7 +192,11 @@ def check_config(config: Config) -> None:
             raise InvalidInput(f"vae_config.{name}", f"{value} is below the smallest tile of 64 pixels")
 
 
-def _check_transport(config: Config) -> None:
+def _check_parallel(config: Config) -> None:
+    if config.enable_cfg_parallel and config.cfg_degree == 1:
+        raise InvalidInput("cfg_parallel_size", "1 contradicts enable_cfg_parallel; take 2 or more, or leave it out")
+    if config.layout.num_ranks == 1 and config.sp_engine != "native":
+        raise InvalidInput("sp_engine", f"{config.sp_engine} has nothing to do on one rank; leave it out")
     if config.sp_engine == "yunchang" and config.device == "cpu":
         raise InvalidInput("sp_engine", "yunchang needs CUDA and flash-attn; take native on the CPU")
     if config.dist_backend == "nccl" and config.device == "cpu":

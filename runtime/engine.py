@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 
 from runtime.errors import PeerGone
 from runtime.log import get_logger
@@ -34,6 +33,7 @@ from runtime.protocol import (
 from runtime.roster import Roster
 from runtime.scheduler import Scheduler
 from runtime.status import StepTimes, take_status
+from runtime.trace import Trace
 from runtime.wire import Channel, Received
 
 BEAT_S = 1.0
@@ -51,7 +51,7 @@ class Engine:
         channel: Channel[FromScheduler, ToScheduler],
         scheduler: Scheduler,
         epoch: int,
-        trace: Callable[[Done], None] | None = None,
+        trace: Trace | None = None,
     ) -> None:
         self._channel = channel
         self._scheduler = scheduler
@@ -154,7 +154,8 @@ class Engine:
             case Done():
                 running = self._scheduler.running.get(message.seq)
                 if self._trace is not None and running is not None:
-                    self._trace(message)
+                    steps = {record.id: record.step for record in self._scheduler.requests.values()}
+                    self._trace.note(message, running.item, steps)
                 seconds = message.finished - message.started
                 self._step_times.note(running, seconds)
                 self._scheduler.completed(message.rank, message.seq, seconds, now)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from runtime.protocol import Checkpoint, Release
@@ -17,6 +17,8 @@ class Errands:
     _starting_again: list[str] = field(default_factory=list)
     _due: list[str] = field(default_factory=list)
     _being_written: set[str] = field(default_factory=set)
+    _unsure: dict[int, tuple[str, ...]] = field(default_factory=dict)
+    """Releases by seq that the first rank, the writer, has not yet shown to have done."""
 
     @property
     def saving(self) -> bool:
@@ -39,8 +41,14 @@ class Errands:
         """Its checkpoint is written, or could not be."""
         self._being_written.discard(request_id)
 
-    def group_lost(self) -> None:
-        """The states are gone, and what was being written; the files of those that ended are still there."""
+    def reported(self, seq: int) -> None:
+        """The first rank has done this item. Its stream is ordered: what was released before is gone."""
+        self._unsure = {release: ids for release, ids in self._unsure.items() if release > seq}
+
+    def group_lost(self, requests: Container[str]) -> None:
+        """The states are gone, and what was being written; files of requests that ended may still be there."""
+        self._ended += [name for ids in self._unsure.values() for name in ids if name not in requests]
+        self._unsure.clear()
         self._starting_again.clear()
         self._due.clear()
         self._being_written.clear()
@@ -53,8 +61,10 @@ class Errands:
             yield Release(next_seq(), ranks, tuple(self._starting_again), keep_saved=True)
             self._starting_again.clear()
         if self._ended:
-            yield Release(next_seq(), ranks, tuple(self._ended))
+            release = Release(next_seq(), ranks, tuple(self._ended))
+            self._unsure[release.seq] = release.request_ids
             self._ended.clear()
+            yield release
         due = tuple(request_id for request_id in self._due if request_id in active)
         self._due.clear()
         if due:

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from itertools import chain, islice
 
 from runtime.batching import BatchLimits, batch_budget
+from runtime.checkpoints import Leftovers
 from runtime.cost import CostModel
 from runtime.errands import Errands
 from runtime.fairness import FairShare, turn
@@ -93,8 +94,8 @@ class Scheduler:
     """Steps between two checkpoints of a request; 0: none."""
     decode_on_all: bool = False
     """Every decode runs on all ranks, each of which has a strip of every frame."""
-    found: dict[str, SavedState] = field(default_factory=dict)
-    """Checkpoints of an earlier life, by request."""
+    found: Leftovers = field(default_factory=Leftovers)
+    """Checkpoints of an earlier life."""
     losses: LossLog = field(default_factory=LossLog)
     draining: bool = False
     ready: bool = False
@@ -128,6 +129,10 @@ class Scheduler:
 
     def gateway_joined(self, gateway: bytes, endpoint: str, credits: int) -> None:
         self._gateways.join(gateway, endpoint, credits)
+        # One that we lost sight of for a moment.
+        for record in self._requests.values():
+            if record.gateway == gateway:
+                record.orphaned_until = math.inf
 
     def gateway_lost(self, gateway: bytes, now: float) -> None:
         """Its requests go on to the end of their denoising; what nobody takes over until then ends."""
@@ -150,6 +155,7 @@ class Scheduler:
         """Queued work ends now, running work when its item does."""
         record = self._requests.get(request_id)
         if record is None:
+            self._forget_saved(request_id)
             return
         record.cancel_reason = reason
         self._settle(record, now)
@@ -157,6 +163,8 @@ class Scheduler:
     def stored(self, gateway: bytes, request_id: str, now: float) -> None:
         """The gateway has all the frames; it may say so before the rank says that it sent the last."""
         record = self._requests.get(request_id)
+        if record is None:
+            self._forget_saved(request_id)
         if record is None or record.gateway != gateway:
             return
         if record.stage in {Stage.DECODE, Stage.DELIVER} or record.restarted:
@@ -199,6 +207,8 @@ class Scheduler:
         running.seconds = max(running.seconds, seconds)
         if not running.waiting:
             del self.running[seq]
+            if 0 in running.item.ranks:
+                self._errands.reported(seq)
             self._finish(running, now)
 
     def failed(self, rank: int, seq: int, code: str, reason: str, now: float) -> None:
@@ -227,7 +237,7 @@ class Scheduler:
         lost = list(self.running.values())
         self.ready = False
         self.running.clear()
-        self._errands.group_lost()
+        self._errands.group_lost(self._requests)
         self._gateways.refill()
         for record in self._active.values():
             record.running = False
@@ -253,6 +263,8 @@ class Scheduler:
     def plan(self, now: float) -> list[WorkItem]:
         """Items to start now, in the one global order."""
         self._expire(now)
+        for request_id in self.found.expire(now):
+            self._errands.ended(request_id)
         self._refuse_too_large(now)
         self._save_at_the_end(now)
         items: list[WorkItem] = []
@@ -297,9 +309,10 @@ class Scheduler:
     def next_deadline(self) -> float | None:
         """When `plan` has to be called at the latest though nothing happened."""
         times = [at for at, _ in self._deadlines[:1]]
-        if math.isfinite(self._drain_until) and not self._time_up:
+        if not self._time_up:
             times.append(self._drain_until)
-        return min(times, default=None)
+        first = min([*times, self.found.until])
+        return first if math.isfinite(first) else None
 
     def outlook(self, record: RequestRecord) -> tuple[int, float]:
         """(place in its key's line, predicted seconds until its last frame if nothing else arrives)."""
@@ -487,6 +500,11 @@ class Scheduler:
             elif record.orphaned_until <= now:
                 self.cancel(request_id, "its gateway is gone", now)
 
+    def _forget_saved(self, request_id: str) -> None:
+        """A request of an earlier life is over: its checkpoint can go."""
+        if self.found.claim(request_id) is not None:
+            self._errands.ended(request_id)
+
     def _refuse_too_large(self, now: float) -> None:
         """What was taken before the ranks told their budget, and does not fit it, would wait for ever."""
         if not self._budget_changed:
@@ -503,7 +521,7 @@ class Scheduler:
         """A new request: into its key's line, or refused."""
         self._requests[record.id] = record
         record.total_chunks = len(self.card.decode_chunks(record.request.params))
-        record.saved = self.found.pop(record.id, None)
+        record.saved = self.found.claim(record.id)
         record.step = record.saved_upto = record.resume_step
         self.memory.measure(record)
         refusal = self._refusal(record)

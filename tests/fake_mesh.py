@@ -270,7 +270,8 @@ class FakeMesh:
                     self._tell(sender, Cancelled(message.request_id, message.reason))
             case Stored():
                 self.stored.append(message.request_id)
-                self._running[message.request_id].stored = True
+                if message.request_id in self._running:
+                    self._running[message.request_id].stored = True
             case Grant():
                 self.credits += message.credits
                 self.most_credits = max(self.most_credits, self.credits)

@@ -88,9 +88,14 @@ class Wan:
         return load_pipeline(folder)
 
     def reference(self, pipeline, case):
-        latents = reference(pipeline, case)
-        pictures = reference(pipeline, case, "pil")[0]
-        return latents, np.stack([np.asarray(picture) for picture in pictures])
+        caught = {}
+
+        def catch(pipeline, step, timestep, tensors):
+            caught.update(tensors)
+            return {}
+
+        pictures = reference(pipeline, case, "pil", callback_on_step_end=catch)[0]
+        return caught["latents"], np.stack([np.asarray(picture) for picture in pictures])
 
 
 class Still:

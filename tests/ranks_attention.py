@@ -10,12 +10,14 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from mutations import broken, mutations_of
+from toy_joint import PLAN, Toy
 
 from runtime.layout import Layout
 from workers.attention.backends import KERNELS, as_bias
 from workers.parallel import usp
 from workers.parallel.cfg import branches_of, gather_branches
 from workers.parallel.groups import init_distributed, make_groups, warm_up
+from workers.parallel.sequence import SequenceParallel
 from workers.parallel.yunchang_engine import YunchangEngine
 
 KERNEL = KERNELS["torch_sdpa"]
@@ -180,6 +182,13 @@ def collectives(groups):
     coming = sp.start_exchange(mine, mine.shape)
     mine.new_ones(256, 256).matmul(mine.new_ones(256, 256))
     assert (coming.wait() == (sp.rank - 1) % sp.size).all()
+    sizes = sp.share(67)
+    sp.traffic.clear()
+    gathered = sp.all_gather(torch.arange(67).split(sizes)[sp.rank], 0, sizes)
+    assert gathered.tolist() == list(range(67))
+    padding = sp.traffic.bytes["all_gather"] // 8 // (sp.size - 1) - sizes[sp.rank]
+    assert padding == max(sizes) - sizes[sp.rank]
+    assert sum(max(sizes) - size for size in sizes) < sp.size
     kept = torch.arange(sp.rank + 1)
     assert sp.all_gather(kept, 0, list(range(1, sp.size + 1))).tolist() == [
         i for n in range(sp.size) for i in range(n + 1)
@@ -207,6 +216,34 @@ def yunchang_errors(groups, engine):
     return [(theirs - right).abs().max().item(), (theirs - ours).abs().max().item()]
 
 
+def yunchang_declines(groups, engine):
+    """What yunchang cannot take is done by the native engine, and said once."""
+    engine._warned.clear()
+    odd = Case(*[noise(2, 67, 12, 16, seed=i) for i in range(3)], (67,))
+    masked = Case(*[noise(2, 48, 12, 16, seed=i) for i in range(3)], (48,), bias=noise(1, 1, 1, 48))
+    heads = Case(*[noise(2, 48, 5, 16, seed=i) for i in range(3)], (48,))
+    found = [case.error(groups, engine) for case in (odd, masked, heads, odd)]
+    assert len(engine._warned) == 2 + (groups.ulysses.size > 1)
+    return found
+
+
+def hook_errors(groups):
+    """The toy joint denoiser over the groups against itself alone, relative to the largest number of its output."""
+    toy, found = Toy(), {}
+    sequence = SequenceParallel(toy, PLAN, KERNEL, lambda attend: attend)
+    for pictures, texts in ((30, 7), (16, 4), (2, 1)):
+        picture, text = noise(2, pictures, 8), noise(2, texts, 8, seed=1)
+        keep = torch.arange(texts) < torch.tensor([[1], [texts]])
+        for name, mask in (("plain", None), ("masked", keep)):
+            right = toy(picture, text, mask)
+            with sequence.over(groups):
+                out = toy(picture, text, mask)
+            assert out.shape == right.shape
+            found[f"{pictures}+{texts} {name}"] = ((out - right).abs().max() / right.abs().max()).item()
+            assert torch.equal(toy(picture, text, mask), right), "the hooks did not let go"
+    return found
+
+
 def yunchang_on_cpu(num_ranks):
     """yunchang's own path for flash kernels, with the CPU's kernel in the place of the CUDA one that it names."""
     from yunchang.kernels import attention
@@ -226,7 +263,16 @@ def main(out):
     made = make_groups([*layouts, guided], rank, "gloo")
     staged = make_groups(layouts, rank, "staged")
     warm_up(made, torch.device("cpu"))
-    report = {"errors": {}, "staged": {}, "bf16": {}, "moved": {}, "mutations": {}, "yunchang": {}}
+    report = {
+        "errors": {},
+        "staged": {},
+        "bf16": {},
+        "moved": {},
+        "mutations": {},
+        "yunchang": {},
+        "declined": {},
+        "hooks": {},
+    }
     with torch.inference_mode():
         theirs = yunchang_on_cpu(num_ranks)
         guidance(made[guided])
@@ -243,6 +289,9 @@ def main(out):
             report["bf16"][name] = bf16_errors(groups)
             report["moved"][name] = [moved(groups, 64, 12, 8), moved(groups, 67, 5, 8)]
             report["yunchang"][name] = yunchang_errors(groups, theirs)
+            report["declined"][name] = yunchang_declines(groups, theirs)
+            theirs._warned.clear()
+            report["hooks"] |= {f"{name} {title}": error for title, error in hook_errors(groups).items()}
         # Everything after this line is broken on purpose.
         even = Case(*[noise(2, 16 * num_ranks, 12, 16, seed=i) for i in range(3)], (16 * num_ranks,))
         for layout in layouts:

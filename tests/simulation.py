@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fake_mesh import demo_model
 
 from runtime.batching import BatchLimits
+from runtime.checkpoints import Leftovers
 from runtime.layout import Layout
 from runtime.models.card import card_for
 from runtime.protocol import (
@@ -106,7 +107,7 @@ class Simulation:
             limits,
             weights=weights or {},
             checkpoint_every=checkpoint_every,
-            found=dict(found or {}),
+            found=Leftovers(dict(found or {})),
             decode_on_all=decode_on_all,
         )
         self.budget = budget
@@ -135,6 +136,8 @@ class Simulation:
         self.failed: set[int] = set()
         self.gateways: dict[bytes, Gateway] = {}
         self.num_joined = 0
+        self.dead = False
+        """The ranks died, and the scheduler has not noticed: what it sends is lost."""
         if ready:
             self.scheduler.group_ready(budget)
 
@@ -219,6 +222,7 @@ class Simulation:
         self.settle()
 
     def regroup(self):
+        self.dead = False
         self.scheduler.group_ready(self.budget)
         self.settle()
 
@@ -299,6 +303,8 @@ class Simulation:
 
     def released(self, item):
         assert item.ranks == self.ranks
+        if self.dead:
+            return
         in_work = {request_id for other in self.running.values() for request_id in ids_of(other)}
         for request_id in item.request_ids:
             assert request_id not in in_work
@@ -307,7 +313,7 @@ class Simulation:
             if item.keep_saved:
                 assert request_id not in self.ends
             else:
-                assert request_id in self.ends
+                assert request_id in self.ends or request_id not in self.params
                 self.files.pop(request_id, None)
 
     def checkpointed(self, item):

@@ -131,6 +131,7 @@ def test_stopping_a_server_leaves_no_process_and_no_socket(tmp_path, short_tmp, 
         assert code == 0
         assert time.monotonic() - since < LIMIT_S
         assert not list(short_tmp.glob("framemesh-*")), "sockets were left behind"
+        assert not list(short_tmp.glob("torchelastic*")), "torchrun's folder for logs was left behind"
 
 
 @pytest.mark.slow

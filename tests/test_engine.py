@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 from fake_mesh import demo_model
@@ -49,6 +51,7 @@ from runtime.protocol import (
 )
 from runtime.sampling import SamplingParams
 from runtime.scheduler import Scheduler
+from runtime.trace import Trace, TraceLine, read_trace
 from runtime.wire import Channel
 
 EPOCH = 77
@@ -124,10 +127,11 @@ class Stage:
 
     def __init__(self, folder, stack, num_ranks=2):
         self.endpoint = f"ipc://{folder}/scheduler"
-        self.traced = []
+        self.trace = Path(folder) / "trace.jsonl"
+        self.tracing = Trace(self.trace, EPOCH)
         self.scheduler = Scheduler(CARD, Layout(1, 1, num_ranks), CostModel(CARD))
         self.channel = Channel.bind(self.endpoint, ToScheduler)
-        self.engine = Engine(self.channel, self.scheduler, EPOCH, self.traced.append)
+        self.engine = Engine(self.channel, self.scheduler, EPOCH, self.tracing)
         self.ended = False
         self.thread = threading.Thread(target=self.loop, daemon=True)
         self.thread.start()
@@ -144,6 +148,7 @@ class Stage:
         self.thread.join(PATIENCE_S)
         assert not self.thread.is_alive()
         self.channel.close()
+        self.tracing.close()
 
     def enter(self, peer):
         self.stack.callback(peer.channel.close)
@@ -229,7 +234,23 @@ def test_a_request_goes_to_the_ranks_and_back(stage):
     assert shared(ranks, Release).request_ids == ("r1",)
     stages = [message.stage for message in gateway.heard if isinstance(message, Progress)]
     assert stages == ["queued", "encode", "denoise", "decode", "deliver"]
-    assert sorted((done.seq, done.rank) for done in stage.traced) == [(1, 0), (1, 1), (2, 0), (2, 1), (3, 0)]
+    traced = [(line.seq, line.rank, line.kind, line.units, line.requests) for line in read_trace(stage.trace)]
+    assert sorted(traced) == [
+        *((1, rank, "Encode", 0, {"r1": 0}) for rank in (0, 1)),
+        *((2, rank, "Denoise", 1, {"r1": 0}) for rank in (0, 1)),
+        (3, 0, "Decode", 1, {"r1": 0}),
+    ]
+
+
+def test_a_trace_goes_on_where_that_of_an_earlier_scheduler_ended(tmp_path):
+    path = tmp_path / "trace.jsonl"
+    item = Denoise(1, (0,), Layout(1, 1, 1), ("r1", "r2"), 3)
+    for epoch in (1, 2):
+        with contextlib.closing(Trace(path, epoch)) as trace:
+            trace.note(Done(0, 1, 5.0, 6.0), item, {"r1": 4, "other": 9})
+    path.write_bytes(path.read_bytes() + b'{"torn')
+    lines = [TraceLine(epoch, 0, 1, 5.0, 6.0, "Denoise", 3, {"r1": 4, "r2": 0}) for epoch in (1, 2)]
+    assert read_trace(path) == lines
 
 
 def test_a_worker_of_another_mesh_size_gets_no_seat(stage):
@@ -265,7 +286,7 @@ def test_messages_of_another_epoch_are_dropped_and_counted(stage, epoch):
     for rank in ranks:
         rank.send(Done(rank.rank, item.seq, 0.0, 1.0), epoch)
     eventually(lambda: stage.engine.stale == 4)
-    assert stage.traced == []
+    assert read_trace(stage.trace) == []
     assert not stage.engine.stopped
     for rank in ranks:
         rank.done(item)

@@ -30,6 +30,7 @@ from gateway.mesh import FRAME_CREDITS, Frames, Mesh
 from launch.client import Client
 from launch.observe import Observer, observe_mesh
 from launch.process import child_environment
+from launch.supervisor import Supervisor
 from runtime.config import Config, save_frozen
 from runtime.errors import NotReady
 from runtime.protocol import (
@@ -153,6 +154,7 @@ def test_a_video_that_is_stored_already_needs_no_new_scheduler(gateway, fake, ea
     fake.wait_for("deliver")
     eventually(lambda: fake.stored == [video_id])
     fake.restart()
+    eventually(lambda: fake.stored == [video_id] * 2)  # by each scheduler: a checkpoint of it can go
     assert gateway.wait(video_id)["timings"] == {"encode": 0.2, "denoise": 0.5}
     assert attempts(fake, video_id) == [0]
 
@@ -168,7 +170,7 @@ def test_a_video_whose_frames_are_all_here_needs_no_new_scheduler(gateway, fake,
     slow.set()
     gateway.wait(video_id)
     assert attempts(fake, video_id) == [0]
-    assert fake.stored == [], "the new one knows nothing of it"
+    eventually(lambda: fake.stored == [video_id])  # a checkpoint of it can go
 
 
 def test_progress_may_fall_back_and_the_end_still_comes(gateway, fake, eager):
@@ -578,6 +580,7 @@ def test_a_gateway_killed_between_the_file_and_its_row_runs_nothing_again(gatewa
     assert second.content(video_id) == expected
     assert [path.name for path in second.videos.iterdir()] == [f"{video_id}.mp4"]
     assert len(fake.submitted) == 1
+    eventually(lambda: fake.stored == [video_id] * 2)  # by each of the two: a checkpoint of it can go
 
 
 # ---- the whole server, real signals ------------------------------------------------------------------------------
@@ -674,6 +677,28 @@ def test_a_process_that_keeps_dying_ends_the_server_with_the_last_error(serve, s
     assert last.startswith("error: the gateway process ended with exit code -9, 2 deaths in five minutes")
     assert "Traceback" not in server.stderr
     assert not list(short_tmp.glob("framemesh-*"))
+
+
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_ranks_that_never_say_a_word_again_end_the_server(short_tmp, comes_back):
+    """They die before they join, so that nobody counts their losses."""
+
+    async def main():
+        supervisor = Supervisor(Config(start_timeout=0), short_tmp, with_gateway=False, quiet=True)
+        supervisor._trouble = asyncio.get_running_loop().create_future()
+        supervisor._see_state(MeshState(True, "ready", 2, 2))
+        supervisor._see_state(MeshState(False, "the workers are restarting: rank 1 died", 0, 2, losses=1))
+        if comes_back:
+            supervisor._see_state(MeshState(True, "ready", 2, 2, losses=1))
+        for _ in range(3):
+            await asyncio.sleep(0)
+        await supervisor.stop()
+        return supervisor._trouble
+
+    trouble = asyncio.run(main())
+    assert trouble.done() is not comes_back
+    if not comes_back:
+        assert trouble.result() == "the workers did not come back within 0 s: rank 1 died"
 
 
 @pytest.mark.slow

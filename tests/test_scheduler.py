@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from simulation import CARD, SECONDS, KnownCost, Simulation, State, bytes_of, ids_of
 
 import runtime.fairness
+from runtime.checkpoints import UNCLAIMED_S
 from runtime.cost import Constants, CostModel, Line
 from runtime.fairness import AGEING
 from runtime.protocol import (
@@ -937,6 +938,45 @@ def test_a_checkpoint_of_an_earlier_life_is_used():
     assert mesh.items_of(Denoise, "b") == []
 
 
+def test_the_checkpoint_of_a_request_that_ended_in_an_earlier_life_goes():
+    saved = {name: SavedState(20, f"{name}-20", 1) for name in ("stored", "cancelled", "claimed", "unclaimed")}
+    mesh = Simulation(checkpoint_every=5, found=saved)
+    mesh.join()
+    mesh.scheduler.stored(b"g", "stored", mesh.now)
+    mesh.cancel("cancelled")
+    mesh.submit("claimed", steps=20)
+    mesh.run()
+    assert set(mesh.files) == {"unclaimed"}
+    mesh.now = mesh.scheduler.next_deadline()
+    mesh.settle()
+    assert mesh.now >= UNCLAIMED_S
+    assert mesh.files == {}
+    assert mesh.scheduler.next_deadline() is None
+
+
+def test_what_dead_ranks_were_told_to_release_is_released_again():
+    mesh = Simulation(checkpoint_every=50)
+    mesh.join()
+    mesh.submit("a", steps=5, frames=1)
+    mesh.run(consume=False)
+    mesh.dead = True
+    mesh.run()
+    assert isinstance(mesh.ends["a"], Completed)
+    assert set(mesh.files) == {"a"}
+    mesh.lose_group()
+    mesh.regroup()
+    assert mesh.files == {}
+    # What the ranks have shown to have done is not said again.
+    mesh.submit("b", "c", steps=5, frames=1)
+    mesh.run()
+    mesh.submit("d", steps=5)
+    mesh.run_to(Denoise)
+    mesh.lose_group()
+    mesh.regroup()
+    again = [item.request_ids for item in mesh.items_of(Release) if not item.keep_saved]
+    assert sum("b" in ids for ids in again) == 1, again
+
+
 def test_a_request_that_kills_its_workers_fails_alone_and_takes_nobody_with_it():
     mesh = batching()
     mesh.submit("killer", "a", "b", steps=50)
@@ -1093,6 +1133,18 @@ def test_an_orphan_is_taken_up_where_it_is(mesh):
     mesh.settle()
     assert isinstance(mesh.ends["a"], Completed)
     assert sum(item.steps for item in mesh.items_of(Denoise)) == 20
+
+
+def test_a_gateway_that_comes_back_under_its_name_keeps_its_requests(mesh):
+    mesh.submit("a", steps=50)
+    mesh.run_to(Denoise)
+    mesh.leave(b"g")
+    mesh.now += 1
+    mesh.join()
+    mesh.now += 100
+    mesh.settle()
+    mesh.run()
+    assert isinstance(mesh.ends["a"], Completed)
 
 
 def test_work_of_a_gateway_that_was_given_up_is_refused(mesh):

@@ -77,7 +77,7 @@ def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32):
     return pipeline
 
 
-def reference(pipeline, case: dict, output_type: str = "latent"):
+def reference(pipeline, case: dict, output_type: str = "latent", **more):
     """What diffusers makes of one case: {prompt, seed, height, width, num_frames, steps, guidance}."""
     return pipeline(
         case["prompt"],
@@ -89,4 +89,5 @@ def reference(pipeline, case: dict, output_type: str = "latent"):
         guidance_scale=case["guidance"],
         generator=torch.Generator("cpu").manual_seed(case["seed"]),
         output_type=output_type,
+        **more,
     ).frames

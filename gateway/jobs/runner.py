@@ -98,9 +98,11 @@ class JobRunner:
                 # The process died between finishing the file and noting it.
                 done = {"progress": 100, "frames_done": job.params.num_frames, "output_file": final.name}
                 await self._end(LiveJob(job), "completed", **done)
+                await self._mesh.forget(job.id)
             elif job.model != self._model_name:
                 reason = f"the server was restarted with the model {self._model_name} instead of {job.model}"
                 await self._end(LiveJob(job), "failed", error_code="model_changed", error_message=reason)
+                await self._mesh.forget(job.id)
             else:
                 again = {"status": "queued", "stage": "queued", "progress": 0, "step": 0, "frames_done": 0}
                 self._start(msgspec.structs.replace(job, **again), None)
