@@ -11,6 +11,7 @@ import torch
 from still_parity import TWO_RANKS, check_equal, check_noticed, oracle_of, run_plan
 from tiny_flux import build_tiny_flux, load_pipeline, reference
 
+from gateway.schema import ImageCreate, VideoCreate
 from gateway.tokenize import PromptTokenizer
 from runtime.config import VaeConfig
 from runtime.errors import InvalidInput
@@ -216,6 +217,14 @@ def test_flops_are_those_of_the_modules(dev):
         )
     counted = counter.get_total_flops()
     assert card.step_flops(card.check(ask(height=256, width=256))) == pytest.approx(counted, rel=0.03)
+
+
+def test_videos_are_asked_for_elsewhere(real_card):
+    assert ImageCreate(prompt="a cat", size="512x768").to_params(real_card) == SamplingParams(
+        prompt="a cat", width=512, height=768, num_frames=1
+    )
+    with pytest.raises(InvalidInput, match="/v1/images/generations"):
+        VideoCreate(prompt="a cat").to_params(real_card)
 
 
 def test_a_model_that_takes_pictures_is_refused(dev):

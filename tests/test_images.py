@@ -46,6 +46,7 @@ def test_the_sdk_gets_a_png(client, fake):
     assert np.array_equal(np.asarray(picture), expected(request.params))
     assert (request.params.num_frames, request.params.seed, image.seed) == (1, 7, 7)
     assert (answer.size, answer.output_format, answer.created > 1_700_000_000) == ("96x64", "png", True)
+    assert answer.warnings == []
     written = json.loads(picture.text["framemesh"])
     assert (written["prompt"], written["seed"], written["size"]) == ("a red square", 7, "96x64")
     assert picture.text["parameters"].startswith("a red square\n")

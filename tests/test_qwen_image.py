@@ -1,7 +1,9 @@
 """Qwen-Image against diffusers.QwenImagePipeline: same seed, fp32, alone and in company of other lengths of text."""
 
 import inspect
+import json
 
+import msgspec
 import pytest
 from still_parity import TWO_RANKS, check_equal, check_noticed, oracle_of, run_plan
 from tiny_qwen_image import build_tiny_qwen_image, load_pipeline, reference
@@ -135,3 +137,20 @@ def test_a_gateway_gives_the_ids_that_the_pipeline_embeds(card, tiny):
         assert list(ids) == oracle(TEMPLATE.format(prompt)).input_ids
     with pytest.raises(InvalidInput, match=f"takes {limit}"):
         tokenizer.tokenize(card.check(ask(prompt=LONG * 9)))
+
+
+def test_a_tokenizer_without_a_limit_can_travel(tiny):
+    written = json.loads((tiny / "tokenizer" / "tokenizer_config.json").read_text())["model_max_length"]
+    configs = read_configs(tiny)
+    assert written > 2**64 > configs["tokenizer"]["model_max_length"] > 10**18
+    assert msgspec.msgpack.decode(msgspec.msgpack.encode(configs)) == configs
+
+
+def test_a_mesh_of_two_ranks_makes_the_same_picture(tiny, oracle):
+    from framemesh import Generator
+
+    with Generator.from_pretrained(str(tiny), num_gpus=2) as generator:
+        for name in ("odd", "unguided"):
+            result = generator.generate(SamplingParams(**PLAN["cases"][name]))
+            shades = result.frames[0].astype(int) - oracle[name][1].astype(int)
+            assert abs(shades).max() <= 1, name

@@ -90,6 +90,8 @@ class Card(Protocol):
         ...
 
 
+MOST_INT = 2**63 - 1
+
 FAMILIES: dict[str, Callable[[Configs], Card]] = {
     "FluxPipeline": FluxCard.from_configs,
     "QwenImagePipeline": QwenImageCard.from_configs,
@@ -155,9 +157,14 @@ def most_branches(card: Card) -> int:
     return len(card.branches(msgspec.structs.replace(plain, guidance_scale=4.0, true_cfg_scale=4.0), 0))
 
 
+def _bounded(digits: str) -> int:
+    """transformers writes 10^30 for "no limit"; what travels to the gateways has 64 bits."""
+    return max(min(int(digits), MOST_INT), -MOST_INT)
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), parse_int=_bounded)
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise InvalidInput("model_path", f"{path} cannot be read as JSON: {error}") from error
     if not isinstance(content, dict):
