@@ -73,6 +73,7 @@ class Collector:
         self.chunks = []
 
     def send(self, endpoint, header, pixels):
+        assert pixels.is_contiguous(), "frames are sent as they lie in memory"
         self.chunks.append(pixels)
 
 

@@ -167,4 +167,5 @@ def my_strip(x: torch.Tensor, rows: Sequence[int], group: Group) -> torch.Tensor
 def whole_frames(strip_THWC: torch.Tensor, rows: Sequence[int], group: Group) -> torch.Tensor:
     """uint8 (T, h, W, 3) of every rank -> (T, H, W, 3) on every rank; `rows` as the decoder's input had them."""
     scale = strip_THWC.shape[1] // rows[group.rank]
-    return group.all_gather(strip_THWC, 1, [size * scale for size in rows])
+    # What is gathered along an inner dimension is not contiguous, and frames are sent as they lie in memory.
+    return group.all_gather(strip_THWC, 1, [size * scale for size in rows]).contiguous()
