@@ -173,7 +173,7 @@ class Engine:
         if hello.num_ranks != self._scheduler.layout.num_ranks:
             log.error("refused a worker", theirs=hello.num_ranks, ours=str(self._scheduler.layout))
             return
-        if self._roster.replaces(hello):
+        if self._roster.replaces(sender, hello):
             self._group_lost("the worker group was restarted", now)
         if self._roster.join(sender, hello, now):
             self._send(sender, Welcome(self._epoch))

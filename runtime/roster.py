@@ -62,10 +62,13 @@ class Roster:
     def needs_watching(self) -> bool:
         return bool(self.ranks or self._strangers)
 
-    def replaces(self, hello: WorkerHello) -> bool:
+    def replaces(self, identity: bytes, hello: WorkerHello) -> bool:
         """Whether this rank belongs to a new group, so that the one that we know is gone."""
         # A torchrun that was started anew counts its generations from 0 again, but its ranks are new.
-        return bool(self.ranks) and (hello.generation > self._generation or hello.rank in self.ranks)
+        known = self.ranks.get(hello.rank)
+        return bool(self.ranks) and (
+            hello.generation > self._generation or (known is not None and known.identity != identity)
+        )
 
     def join(self, identity: bytes, hello: WorkerHello, now: float) -> bool:
         """False if it belongs to a group that is gone."""
@@ -73,7 +76,8 @@ class Roster:
         if self.ranks and hello.generation < self._generation:
             return False
         self._generation = hello.generation
-        self.ranks[hello.rank] = Rank(identity, hello, now)
+        if hello.rank not in self.ranks:
+            self.ranks[hello.rank] = Rank(identity, hello, now)
         return True
 
     def hear(self, identity: bytes, number: int, now: float) -> Rank | None:

@@ -406,6 +406,15 @@ def test_a_rank_of_an_older_generation_is_not_mixed_in(stage):
     eventually(lambda: stage.scheduler.ready)
 
 
+def test_a_hello_that_is_said_twice_is_one(stage):
+    """Nobody answered in time, so it was said again."""
+    ranks = stage.ranks()
+    ranks[0].send(WorkerHello(0, 2, 0, "here", 1000), epoch=0)
+    ranks[0].expect(Welcome)
+    assert stage.scheduler.ready
+    assert stage.scheduler.losses.total == 0
+
+
 def test_ranks_that_join_one_by_one_are_one_group(stage):
     supervisor = stage.supervisor("here")
     for generation in (0, 1, 2):

@@ -2,6 +2,7 @@
 
 import socket
 import subprocess
+import sys
 import threading
 import time
 import weakref
@@ -519,3 +520,16 @@ def test_errors_travel_short_and_without_the_machines_paths():
 )
 def test_codes(error, code):
     assert failure_code(error) == code
+
+
+def test_a_rank_ends_with_any_of_its_threads():
+    code = (
+        "import threading, time\n"
+        "from workers.__main__ import die_with_thread\n"
+        "threading.excepthook = die_with_thread\n"
+        "threading.Thread(target=lambda: 1 / 0, name='frames').start()\n"
+        "time.sleep(60)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30, check=False)
+    assert done.returncode == 1
+    assert "a thread died, and the rank with it" in done.stdout + done.stderr

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import threading
 from pathlib import Path
 
 from runtime.config import Config, load_frozen
@@ -24,6 +25,7 @@ log = get_logger("worker")
 
 def main() -> int:
     die_with_parent()
+    threading.excepthook = die_with_thread
     parser = argparse.ArgumentParser(prog="torchrun -m workers", description=__doc__)
     parser.add_argument("--scheduler", required=True, help="endpoint of the scheduler")
     parser.add_argument("--config", type=Path, required=True, help="frozen configuration (JSON)")
@@ -34,6 +36,13 @@ def main() -> int:
     set_keys(load_keys(config.curve_dir))
     seat, channel = take_seat(args.scheduler)
     return _serve(args.model_folder, config, seat, channel)
+
+
+def die_with_thread(args: threading.ExceptHookArgs) -> None:
+    """A rank whose sender, spool or heart is dead would look alive and keep requests waiting for ever."""
+    name = args.thread.name if args.thread is not None else "?"
+    log.error("a thread died, and the rank with it", thread=name, exc_info=args.exc_value)
+    os._exit(1)
 
 
 def _serve(folder: Path, config: Config, seat: Seat, channel: WorkerChannel) -> int:

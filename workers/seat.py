@@ -9,6 +9,8 @@ from dataclasses import dataclass, replace
 from runtime.protocol import FromScheduler, FromWorker, Welcome, WorkerHello
 from runtime.wire import Channel, incarnation
 
+ASK_AGAIN_S = 5.0
+
 WorkerChannel = Channel[FromWorker, FromScheduler]
 
 
@@ -40,9 +42,11 @@ def take_seat(scheduler: str) -> tuple[Seat, WorkerChannel]:
     identity = incarnation(f"worker{rank}")
     seat = Seat(scheduler, identity, rank, num_ranks, generation, 0, socket.gethostname(), os.getpid())
     channel: WorkerChannel = Channel.connect(scheduler, FromScheduler, identity)
-    channel.send(seat.hello)
-    received = channel.receive()
-    assert received is not None
+    received = None
+    while received is None:
+        # A scheduler that died with our hello has a successor that knows nothing of us.
+        channel.send(seat.hello)
+        received = channel.receive(ASK_AGAIN_S)
     assert isinstance(received.message, Welcome), received.message
     channel.set_epoch(received.message.epoch)
     return replace(seat, epoch=received.message.epoch), channel
