@@ -21,6 +21,7 @@ from runtime.models.flux import TEXT_TOKENS, FluxCard
 from runtime.protocol import Request, TokenizerExport
 from workers.attention.backends import Attend
 from workers.models.loading import Loader, load_scheduler
+from workers.models.prompts import TokenIds, token_ids
 from workers.models.still import decode_still, flow_solver, packed_noise, unpack
 from workers.parallel.comm import ALONE, Group
 from workers.parallel.sequence import SequencePlan, Split
@@ -158,7 +159,7 @@ class FluxFamily:
     ) -> dict[str, torch.Tensor]:
         embeddings = {}
         for branch in self.card.branches(request.params, 0):
-            ids = tuple(self._token_ids(request, encoder, PROMPTS[branch]) for encoder in self.tokenizers_by_encoder)
+            ids = tuple(self._token_ids(request, encoder, branch) for encoder in self.tokenizers_by_encoder)
             if ids not in known:
                 known[ids] = self._embed(*ids)
             embeddings[branch], embeddings[branch + POOLED] = known[ids]
@@ -168,13 +169,9 @@ class FluxFamily:
         """CLIP reads a prompt's beginning; T5 reads all of it."""
         return TEXT_TOKENS if encoder == "text_encoder_2" else self.tokenizers_by_encoder[encoder].model_max_length
 
-    def _token_ids(self, request: Request, encoder: str, name: str) -> tuple[int, ...]:
-        known = request.token_ids.get(encoder, {}).get(name)
-        if known is not None:
-            return known
-        text = self.card.clean_prompt(getattr(request.params, name))
+    def _token_ids(self, request: Request, encoder: str, branch: str) -> TokenIds:
         tokenizer = self.tokenizers_by_encoder[encoder]
-        return tuple(tokenizer(text, truncation=True, max_length=self._limit(encoder)).input_ids)
+        return token_ids(request, branch, encoder, self.card, tokenizer, self._limit(encoder))
 
     def _embed(self, clip_ids: tuple[int, ...], t5_ids: tuple[int, ...]) -> tuple[torch.Tensor, torch.Tensor]:
         """T5's (1, 512, text dim) and CLIP's pooled (1, pooled dim); both read their padding as the pipeline has it.

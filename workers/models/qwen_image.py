@@ -21,6 +21,7 @@ from runtime.models.qwen_image import MAX_TEXT_TOKENS, TEMPLATE_TOKENS, QwenImag
 from runtime.protocol import Request, TokenizerExport
 from workers.attention.backends import Attend, as_bias
 from workers.models.loading import Loader, load_scheduler
+from workers.models.prompts import TokenIds, embed_branches, token_ids
 from workers.models.still import decode_still, flow_solver, packed_noise, unpack
 from workers.parallel.comm import ALONE, Group
 from workers.parallel.sequence import SequencePlan, Split
@@ -164,20 +165,10 @@ class QwenImageFamily:
         return (TokenizerExport("text_encoder", self.tokenizer.backend_tokenizer.to_str(), MAX_IDS),)
 
     def encode(self, requests: Sequence[Request]) -> list[dict[str, torch.Tensor]]:
-        wanted = [(request, branch) for request in requests for branch in self.card.branches(request.params, 0)]
-        ids = [self._token_ids(request, PROMPTS[branch]) for request, branch in wanted]
-        rows = {tokens: self._embed(tokens) for tokens in dict.fromkeys(ids)}
-        embeddings: dict[str, dict[str, torch.Tensor]] = {request.id: {} for request in requests}
-        for (request, branch), tokens in zip(wanted, ids, strict=True):
-            embeddings[request.id][branch] = rows[tokens]
-        return [embeddings[request.id] for request in requests]
+        return embed_branches(requests, self.card, self._token_ids, self._embed)
 
-    def _token_ids(self, request: Request, name: str) -> tuple[int, ...]:
-        known = request.token_ids.get("text_encoder", {}).get(name)
-        if known is not None:
-            return known
-        text = self.card.clean_prompt(getattr(request.params, name))
-        return tuple(self.tokenizer(text, truncation=True, max_length=MAX_IDS).input_ids)
+    def _token_ids(self, request: Request, branch: str) -> TokenIds:
+        return token_ids(request, branch, "text_encoder", self.card, self.tokenizer, MAX_IDS)
 
     def _embed(self, tokens: tuple[int, ...]) -> torch.Tensor:
         """(1, tokens, text dim) without the template's beginning.

@@ -25,13 +25,11 @@ from runtime.models.wan import TEXT_TOKENS
 from runtime.protocol import Request, TokenizerExport
 from workers.attention.backends import Attend
 from workers.models.loading import Loader, load_scheduler
+from workers.models.prompts import TokenIds, embed_branches, token_ids
 from workers.parallel.comm import ALONE, Group
 from workers.parallel.sequence import SequencePlan, Split
 from workers.parallel.vae import StripParallel, my_strip, strip_rows, whole_frames
 from workers.state import RequestState
-
-PROMPTS = {"cond": "prompt", "uncond": "negative_prompt"}
-"""Guidance branch -> the request's text for it."""
 
 SEQUENCE_PLAN = SequencePlan(
     split_inputs={"blocks.0": {"hidden_states": Split("video", 1)}},
@@ -186,20 +184,10 @@ class WanFamily:
         return (TokenizerExport("text_encoder", self.tokenizer.backend_tokenizer.to_str(), TEXT_TOKENS),)
 
     def encode(self, requests: Sequence[Request]) -> list[dict[str, torch.Tensor]]:
-        wanted = [(request, branch) for request in requests for branch in self.card.branches(request.params, 0)]
-        ids = [self._token_ids(request, PROMPTS[branch]) for request, branch in wanted]
-        rows = {tokens: self._embed(tokens) for tokens in dict.fromkeys(ids)}
-        embeddings: dict[str, dict[str, torch.Tensor]] = {request.id: {} for request in requests}
-        for (request, branch), tokens in zip(wanted, ids, strict=True):
-            embeddings[request.id][branch] = rows[tokens]
-        return [embeddings[request.id] for request in requests]
+        return embed_branches(requests, self.card, self._token_ids, self._embed)
 
-    def _token_ids(self, request: Request, name: str) -> tuple[int, ...]:
-        known = request.token_ids.get("text_encoder", {}).get(name)
-        if known is not None:
-            return known
-        text = self.card.clean_prompt(getattr(request.params, name))
-        return tuple(self.tokenizer(text, truncation=True, max_length=TEXT_TOKENS).input_ids)
+    def _token_ids(self, request: Request, branch: str) -> TokenIds:
+        return token_ids(request, branch, "text_encoder", self.card, self.tokenizer, TEXT_TOKENS)
 
     def _embed(self, tokens: tuple[int, ...]) -> torch.Tensor:
         """(1, tokens, text dim), without the padding that the pipeline masks in the encoder and zeroes after it.
