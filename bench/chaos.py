@@ -51,12 +51,12 @@ FLAGS = (
     *("--batching-delay-ms", "20"),
 )
 SPECS = (
-    Spec(prompt="a red circle moving right", steps=40, seed=1),
-    Spec(prompt="a green square moving left", steps=40, seed=2),
-    Spec(prompt="a blue triangle moving up", steps=60, seed=3, guidance=1.0, key="b"),
-    Spec(prompt="a yellow star growing", steps=30, frames=81, seed=4),
+    Spec(prompt="a red circle moving right", steps=60, seed=1),
+    Spec(prompt="a green square moving left", steps=60, seed=2),
+    Spec(prompt="a blue triangle moving up", steps=90, seed=3, guidance=1.0, key="b"),
+    Spec(prompt="a yellow star growing", steps=50, frames=81, seed=4),
     Spec(prompt="a large white circle", steps=12, frames=1, seed=5, key="b", follow=False),
-    Spec(prompt="a purple square moving down", steps=24, frames=33, size="96x96", seed=6, key="c", follow=False),
+    Spec(prompt="a purple square moving down", steps=36, frames=33, size="96x96", seed=6, key="c", follow=False),
 )
 TRIGGER_S = 120.0
 REPLACED_S = 60.0

@@ -39,7 +39,7 @@ MIX = (
     Spec(prompt="a yellow star", steps=30, frames=33, seed=4, key="c", guidance=1.0),
 )
 SAMPLE_S = 5.0
-WARM_S = 20.0
+WARM_S = 30.0
 """Of a life, before its memory counts."""
 DRAIN_S = 900.0
 """What is left at the end may take so long."""
