@@ -6,9 +6,17 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import structlog
 
 # Ranks and test processes share two cores: more threads than cores make everything slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True)
+def own_logging():
+    """A process of ours that was played in-process logs to a stream which pytest closes behind it."""
+    yield
+    structlog.reset_defaults()
 
 
 @pytest.fixture(scope="session")

@@ -26,7 +26,7 @@ PLANTED = f"""
     def plant(module):
         import torch
 
-        def step(self, states):
+        def step(self, states, layout):
             prompts = " ".join(state.params.prompt for state in states)
             if "{POISONED}" in prompts and states[0].step >= 2:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -35,12 +35,12 @@ PLANTED = f"""
                 raise torch.OutOfMemoryError("planted: out of memory")
             if "{TORN}" in prompts and len(states) > 1 and os.environ["RANK"] == "1":
                 note(f"{TORN} {{len(states)}}")
-                self.in_forward = True
+                self.in_collectives = True
                 raise torch.OutOfMemoryError("planted: out of memory")
             if "{ENORMOUS}" in prompts:
                 note(f"{ENORMOUS} {{len(states)}}")
                 raise torch.OutOfMemoryError("planted: out of memory")
-            real(self, states)
+            real(self, states, layout)
 
         real, module.Executor.step = module.Executor.step, step
 
