@@ -40,6 +40,8 @@ BEAT_S = 1.0
 """How often gateways and supervisors are written to, news or not: only a send shows who is gone, and only silence
 tells them that we are."""
 
+MOST_TOLD = 1000
+
 log = get_logger("engine")
 
 
@@ -65,6 +67,8 @@ class Engine:
         self._beaten = 0.0
         self._trace = trace
         self._step_times = StepTimes()
+        self._told: set[bytes] = set()
+        """Whose stale messages were in the log."""
         self.stale = 0
         self.stopped = False
 
@@ -133,10 +137,18 @@ class Engine:
         # A rank's heart and its writer have sockets of their own, whose identities extend the rank's.
         peer, _, organ = sender.partition(b"/")
         if not organ:
-            log.warning("dropped: stale epoch", sender=sender, message=type(message).__name__)
+            self._complain_once(sender, message)
         elif isinstance(message, Heartbeat):
             self._roster.hear_stranger(peer, message, now)
         self._send(peer, Welcome(self._epoch))
+
+    def _complain_once(self, sender: bytes, message: ToScheduler) -> None:
+        """Whoever does not learn the epoch would fill the log."""
+        if sender not in self._told:
+            if len(self._told) >= MOST_TOLD:
+                self._told.clear()
+            self._told.add(sender)
+            log.warning("dropped: stale epoch", sender=sender, message=type(message).__name__)
 
     def _hear_rank(
         self, sender: bytes, message: Ready | Heartbeat | Done | ItemFailed | CheckpointFailed, now: float
@@ -236,7 +248,8 @@ class Engine:
 
     def _answer(self, observer: bytes, question: Observe, now: float) -> None:
         """One snapshot for one question. Observers are not kept: whoever went away is not missed."""
-        dropped = self._channel.dropped.malformed + self._channel.dropped.wrong_version
+        counts = self._channel.dropped
+        dropped = counts.malformed + counts.wrong_version + counts.refused
         status = take_status(
             self._scheduler,
             self._roster.ranks,

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+import structlog
 from fake_mesh import demo_model
 
 import runtime.engine
@@ -291,6 +292,15 @@ def test_messages_of_another_epoch_are_dropped_and_counted(stage, epoch):
     for rank in ranks:
         rank.done(item)
     ranks[0].expect(Denoise)
+
+
+def test_a_stale_peer_is_complained_of_once(stage):
+    gateway = stage.gateway()
+    with structlog.testing.capture_logs() as logs:
+        for _ in range(5):
+            gateway.send(Grant(1), EPOCH - 1)
+        eventually(lambda: stage.engine.stale == 5)
+    assert [line["sender"] for line in logs if line["event"] == "dropped: stale epoch"] == [b"gateway"]
 
 
 def test_whoever_knew_an_earlier_scheduler_learns_the_epoch_and_joins(stage):
