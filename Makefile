@@ -37,7 +37,7 @@ bench: $(VENV)/.test  ## the figures of bench/results/, measured again (about 10
 
 bench-serving: $(VENV)/.test  ## every policy and a naive diffusers server on the same traces (about 20 minutes)
 	$(BIN)/python -m bench.serving
-	$(BIN)/python -m bench.simulate --validate
+	$(BIN)/python -m bench.validate
 
 chaos: $(VENV)/.test  ## every process killed and suspended in every phase under load (about 10 minutes)
 	$(BIN)/python -m bench.chaos

@@ -767,11 +767,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.record:
         record_main(args.record)
         return
-    if args.validate:
-        from bench.validate import validate
-
-        validate(args)
-        return
     where = machine()
     results = _study(args) if args.workload else _replay(args)
     save("simulate", where, results, variant=args.name or args.workload or args.trace.stem)
@@ -856,9 +851,6 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--goodput", action="store_true", help="bisect for the highest rate with 90 %% in time")
     parser.add_argument("--plot", type=Path, help="PNG file")
     parser.add_argument("--name", help="of the result file; unset: the workload's")
-    parser.add_argument("--validate", action="store_true", help="measure a real trace and compare")
-    parser.add_argument("--validate-load", type=float, default=0.7)
-    parser.add_argument("--validate-policies", nargs="+", default=["srpt"], choices=["srpt", "fifo", "whole-request"])
     parser.add_argument("--record", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 

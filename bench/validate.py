@@ -87,19 +87,25 @@ class Played:
         return [self.ends[a.id] - self.began - a.arrival_s for a in self.trace]
 
 
-def validate(args: argparse.Namespace) -> None:
+def main() -> None:
     """Measure, calibrate, replay, save; the figures also say how loaded the machine was."""
+    parser = argparse.ArgumentParser(prog="python -m bench.validate", description=__doc__)
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--count", type=int, help="requests a trace")
+    parser.add_argument("--load", type=float, default=0.7)
+    parser.add_argument("--policies", nargs="+", default=["srpt"], choices=[*REAL_POLICIES])
+    args = parser.parse_args()
     where = machine()
     figures: dict[str, Any] = {"wanted_error": WANTED, "constants": CONSTANTS.name}
-    for policy in args.validate_policies:
+    for policy in args.policies:
         with tempfile.TemporaryDirectory(prefix="framemesh-") as folder:
             rows_file = Path(folder) / "rows.jsonl"
             config = Config(num_gpus=args.ranks, cost_cache=folder, start_timeout=90, **REAL_POLICIES[policy])
-            warm, played = asyncio.run(_serve(config, rows_file, args.validate_load, args.count or REQUESTS))
+            warm, played = asyncio.run(_serve(config, rows_file, args.load, args.count or REQUESTS))
             rows = [msgspec.json.decode(line, type=Row) for line in rows_file.read_bytes().splitlines()]
         costs, compared = _compare(policy, rows, warm, played, args.ranks, where)
         figures[policy] = compared
-        if policy == args.validate_policies[0]:
+        if policy == args.policies[0]:
             CONSTANTS.write_bytes(msgspec.json.format(msgspec.json.encode(costs)) + b"\n")
     figures["load_after"] = round(os.getloadavg()[0], 2)
     save("simulate", where, figures, variant="validation")
@@ -260,3 +266,7 @@ def _latencies(one: Played) -> dict[str, float]:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values)
+
+
+if __name__ == "__main__":
+    main()

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import errno
 import json
 import os
-import socket
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from importlib.metadata import PackageNotFoundError, version
@@ -20,6 +16,7 @@ import msgspec
 from cyclopts import App, CycloptsError, Parameter
 
 from launch.options import Output, take_in
+from launch.tryout import try_folder, try_port
 from runtime.config import DEMO_MODEL, Config, check_config, fit_layout
 from runtime.errors import FramemeshError, InvalidInput
 from runtime.layout import describe_layout
@@ -425,45 +422,6 @@ def _check_ending(output: Output, card: Card, resolved: ResolvedParams | None) -
         raise InvalidInput("output_file_name", f"this model makes pictures; take one of {', '.join(PICTURES)}")
     if ending in PICTURES and resolved is not None and resolved.num_frames > 1:
         raise InvalidInput("output_file_name", f"{resolved.num_frames} frames are a video; it must end in .mp4")
-
-
-def try_folder(folder: Path) -> None:
-    """Write a file into the folder, and leave things as they were."""
-    missing: list[Path] = []
-    try:
-        missing += [path for path in (folder, *folder.parents) if not path.exists()]
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        reason = f"{folder} cannot be written ({error.strerror}); name another folder"
-        raise InvalidInput("output_path", reason) from error
-    finally:
-        with contextlib.suppress(OSError):
-            for path in missing:
-                path.rmdir()
-
-
-def try_port(host: str, port: int) -> None:
-    """Bind the address for a moment, in the way that the server will."""
-    try:
-        addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except OSError as error:
-        raise InvalidInput("host", f"{host} is no address of this machine: {error.strerror}") from error
-    for family, kind, protocol, _, address in addresses:
-        with socket.socket(family, kind, protocol) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(address)
-            except OSError as error:
-                raise _bind_fault(host, port, error) from error
-
-
-def _bind_fault(host: str, port: int, error: OSError) -> InvalidInput:
-    if error.errno == errno.EADDRINUSE:
-        return InvalidInput("port", f"{port} on {host} is taken; name another one, or 0 for any free one")
-    if error.errno == errno.EACCES:
-        return InvalidInput("port", f"{port} may not be used by this user; take one from 1024 on")
-    return InvalidInput("host", f"{host} cannot be listened on: {error.strerror}")
 
 
 def _print_plan(ready: Prepared) -> int:

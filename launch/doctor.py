@@ -30,10 +30,10 @@ from typing import Any, Literal
 import msgspec
 import psutil
 
-from launch.cli import try_folder, try_port
 from launch.devices import pick_devices, visible_gpus
 from launch.observe import FOLDER_PREFIX, is_abandoned, read_mesh_file, run_folders
 from launch.process import HOME
+from launch.tryout import try_folder, try_port
 from runtime.config import DEMO_MODEL, Config, check_config
 from runtime.errors import InvalidInput
 from runtime.keys import AUTHORIZED, PUBLIC, load_keys, read_host

@@ -1,0 +1,50 @@
+"""Whether a folder can be written and an address listened on, found out by doing it and leaving no trace."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import socket
+import tempfile
+from pathlib import Path
+
+from runtime.errors import InvalidInput
+
+
+def try_folder(folder: Path) -> None:
+    """Write a file into the folder, and leave things as they were."""
+    missing: list[Path] = []
+    try:
+        missing += [path for path in (folder, *folder.parents) if not path.exists()]
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = f"{folder} cannot be written ({error.strerror}); name another folder"
+        raise InvalidInput("output_path", reason) from error
+    finally:
+        with contextlib.suppress(OSError):
+            for path in missing:
+                path.rmdir()
+
+
+def try_port(host: str, port: int) -> None:
+    """Bind the address for a moment, in the way that the server will."""
+    try:
+        addresses = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except OSError as error:
+        raise InvalidInput("host", f"{host} is no address of this machine: {error.strerror}") from error
+    for family, kind, protocol, _, address in addresses:
+        with socket.socket(family, kind, protocol) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(address)
+            except OSError as error:
+                raise _bind_fault(host, port, error) from error
+
+
+def _bind_fault(host: str, port: int, error: OSError) -> InvalidInput:
+    if error.errno == errno.EADDRINUSE:
+        return InvalidInput("port", f"{port} on {host} is taken; name another one, or 0 for any free one")
+    if error.errno == errno.EACCES:
+        return InvalidInput("port", f"{port} may not be used by this user; take one from 1024 on")
+    return InvalidInput("host", f"{host} cannot be listened on: {error.strerror}")
