@@ -613,9 +613,17 @@ def assert_ends_as_if_undisturbed(server, video_id, recorded):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("role", ["scheduler", "workers", "gateway"])
+@pytest.mark.parametrize(
+    ("role", "number"),
+    [
+        ("scheduler", signal.SIGSTOP),
+        ("workers", signal.SIGKILL),
+        ("workers", signal.SIGSTOP),
+        ("gateway", signal.SIGSTOP),
+    ],
+)
 def test_a_process_that_dies_or_hangs_is_replaced_and_the_job_completes(serve, recorded, role, number):
+    """The other faults are those of tests/test_chaos.py and tests/test_death.py."""
     server = serve().wait_ready()
     video_id = server.create(seed=SEED, num_inference_steps=LONG)
     server.until(video_id, "step", step=10)
@@ -639,27 +647,13 @@ def observe_mesh_of(server) -> Observer:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_a_rank_that_dies_or_hangs_is_replaced_and_the_job_completes(serve, recorded, number):
+def test_a_scheduler_killed_while_frames_arrive_is_replaced_and_the_job_completes(serve, recorded):
     server = serve().wait_ready()
     video_id = server.create(seed=SEED, num_inference_steps=LONG)
-    server.until(video_id, "step", step=10)
-    victim = server.find("rank")
-    victim.send_signal(number)
-    server.find_another("rank", than=victim)
-    assert_ends_as_if_undisturbed(server, video_id, recorded)
-    assert server.end(signal.SIGTERM) == 0
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("role", ["scheduler", "gateway"])
-def test_a_process_killed_while_frames_arrive_is_replaced_and_the_job_completes(serve, recorded, role):
-    server = serve().wait_ready()
-    video_id = server.create(seed=SEED, num_inference_steps=LONG)
-    victim = server.find(role)
+    victim = server.find("scheduler")
     server.until(video_id, "frames", first=0)
     victim.kill()
-    server.find_another(role, than=victim)
+    server.find_another("scheduler", than=victim)
     assert_ends_as_if_undisturbed(server, video_id, recorded)
     assert server.end(signal.SIGTERM) == 0
 
@@ -731,11 +725,10 @@ def test_what_dies_before_the_mesh_was_ready_ends_the_start(serve, short_tmp, ro
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-def test_the_sdk_does_not_notice_a_scheduler_that_dies(undisturbed, number):
+def test_the_sdk_does_not_notice_a_scheduler_that_dies(undisturbed):
     def break_it(event):
         if isinstance(event, Progress) and event.stage == "denoise" and event.step >= 10 and not broken:
-            broken.append(os.kill(generator.pids["scheduler"], number))
+            broken.append(os.kill(generator.pids["scheduler"], signal.SIGKILL))
 
     with Generator.from_pretrained("demo", num_gpus=1) as generator:
         before, broken = generator.pids, []
