@@ -16,6 +16,8 @@ import httpx2 as httpx
 from bench.server import Stuck
 
 RETRY_S = 0.1
+POLL_S = 0.5
+"""As a client would: a poll ten times a second by every waiting job is a load of its own."""
 SILENCE_S = 10.0
 """A stream or an answer that takes longer is asked for again."""
 
@@ -111,6 +113,11 @@ class Clients:
             raise Stuck(f"no {name} event within {patience_s:.0f} s")
         return found
 
+    @property
+    def ended(self) -> int:
+        """Jobs that wait for nothing any more."""
+        return sum(not thread.is_alive() for thread in self._threads)
+
     def join(self) -> list[Job]:
         """Wait for every end; the jobs that have none."""
         for thread in self._threads:
@@ -155,7 +162,7 @@ class Clients:
             if video["status"] not in {"queued", "in_progress"}:
                 self._note(job, "done" if video["status"] == "completed" else "error", video)
                 return
-            time.sleep(RETRY_S)
+            time.sleep(POLL_S)
         raise Stuck(f"{job.id} did not end")
 
     def _follow(self, job: Job) -> None:

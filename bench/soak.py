@@ -1,7 +1,7 @@
 """A server under Poisson load with a random kill every half minute: nothing lost, nothing twice, nothing that grows.
 
-The load is a share of the measured capacity, which is what a burst of the same mix takes on a mesh that nobody kills;
-the kills take some of it away. Memory is judged within lives: a process that was started anew starts small.
+The load is a share of the measured capacity: what the same mix, clients and kills leave when there is always work in
+line. Memory is judged within lives: a process that was started anew starts small.
 """
 
 from __future__ import annotations
@@ -41,6 +41,8 @@ MIX = (
 SAMPLE_S = 5.0
 WARM_S = 30.0
 """Of a life, before its memory counts."""
+ALWAYS_WAITING = 24
+"""Jobs under way while the capacity is measured."""
 DRAIN_S = 900.0
 """What is left at the end may take so long."""
 PICTURE = Path(__file__).parent.parent / "docs" / "soak.png"
@@ -88,17 +90,19 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=20.0)
     parser.add_argument("--load", type=float, default=0.8)
     parser.add_argument("--kill-every", type=float, default=30.0, help="seconds on the mean, half to one and a half")
-    parser.add_argument("--calibrate", type=int, default=40)
+    parser.add_argument("--calibrate-minutes", type=float, default=3.0)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     where, random_ = machine(), random.Random(args.seed)
     with served(MIX) as bench:
-        capacity = _capacity(bench, args.calibrate, random_)
+        killer = Killer(bench.server, args.kill_every, random_)
+        capacity = _capacity(bench, args.calibrate_minutes * 60, killer, random_)
+        killer.kills.clear()
         watch = Watch(bench.server)
         watcher = threading.Thread(target=watch.run)
         watcher.start()
         try:
-            case, kills, jobs = _soak(bench, args.minutes * 60, args.load * capacity, args.kill_every, random_)
+            case, jobs = _soak(bench, args.minutes * 60, args.load * capacity, killer, random_)
         finally:
             watch.stopped.set()
             watcher.join()
@@ -111,7 +115,7 @@ def main() -> None:
         "jobs": jobs,
         "completed": case.completed,
         "failed": case.failed,
-        "kills": {role: kills.count(role) for role in VICTIMS},
+        "kills": {role: killer.kills.count(role) for role in VICTIMS},
         "reposts": case.reposts,
         "largest_difference_of_outputs_in_255": case.largest_difference,
         "broken": broken,
@@ -127,52 +131,64 @@ def main() -> None:
     sys.exit(1 if broken else 0)
 
 
-def _capacity(bench: Bench, count: int, random_: random.Random) -> float:
-    """Jobs per second when there is always one waiting."""
+class Killer:
+    """Kills one process every so often, from half to one and a half of that time."""
+
+    def __init__(self, server: Server, every_s: float, random_: random.Random) -> None:
+        self._server, self._every_s, self._random = server, every_s, random_
+        self.next_at = time.monotonic() + every_s / 2
+        self.kills: list[str] = []
+
+    def kill_if_due(self) -> None:
+        """Nobody, if the victim is not there because it is being started."""
+        if time.monotonic() < self.next_at:
+            return
+        self.next_at = time.monotonic() + self._every_s * self._random.uniform(0.5, 1.5)
+        role = self._random.choice(VICTIMS)
+        pid = self._server.pids().get(role)
+        if pid is not None:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+            self.kills.append(role)
+
+
+def _capacity(bench: Bench, seconds: float, killer: Killer, random_: random.Random) -> float:
+    """Jobs per second that end while there is always one waiting."""
+    clients = Clients(bench.server.url, seconds + DRAIN_S)
     began = time.monotonic()
-    clients = Clients(bench.server.url, DRAIN_S).start(*(_pick(random_) for _ in range(count)))
+    while time.monotonic() < began + seconds:
+        waiting = len(clients.jobs) - clients.ended
+        clients.start(*(_pick(random_) for _ in range(ALWAYS_WAITING - waiting)))
+        killer.kill_if_due()
+        time.sleep(0.2)
+    rate = clients.ended / (time.monotonic() - began)
     clients.join()
-    seconds = time.monotonic() - began
-    bench.judge(Case("none", "capacity"), bench.take(clients, Case("none", "capacity")))
-    return count / seconds
+    case = Case("none", "capacity")
+    bench.judge(case, bench.take(clients, case))
+    return rate
 
 
-def _soak(
-    bench: Bench, seconds: float, rate: float, kill_every_s: float, random_: random.Random
-) -> tuple[Case, list[str], int]:
-    """(verdict, who was killed, how many jobs there were)."""
-    clients, case, kills = Clients(bench.server.url, seconds + DRAIN_S), Case("soak", "any"), list[str]()
+def _soak(bench: Bench, seconds: float, rate: float, killer: Killer, random_: random.Random) -> tuple[Case, int]:
+    """(verdict, how many jobs there were)."""
+    clients, case = Clients(bench.server.url, seconds + DRAIN_S), Case("soak", "any")
     began = time.monotonic()
-    next_job, next_kill = began, began + kill_every_s / 2
-    while (now := time.monotonic()) < began + seconds:
-        if now >= next_job:
+    next_job = began
+    while time.monotonic() < began + seconds:
+        if time.monotonic() >= next_job:
             clients.start(_pick(random_))
             next_job += random_.expovariate(rate)
-        if now >= next_kill:
-            kills += _kill_one(bench.server, random_)
-            next_kill = now + kill_every_s * random_.uniform(0.5, 1.5)
-        time.sleep(max(min(next_job, next_kill, began + seconds) - time.monotonic(), 0.0))
+        killer.kill_if_due()
+        time.sleep(max(min(next_job, killer.next_at, began + seconds) - time.monotonic(), 0.0))
     clients.join()
     jobs = bench.take(clients, case)
     bench.judge(case, jobs)
     bench.judge_processes(case)
-    return case, kills, len(jobs)
+    return case, len(jobs)
 
 
 def _pick(random_: random.Random) -> Spec:
     """One of the mix, followed or polled."""
     return replace(random_.choice(MIX), follow=random_.random() < 0.5)
-
-
-def _kill_one(server: Server, random_: random.Random) -> list[str]:
-    """Nobody, if the victim is not there because it is being started."""
-    role = random_.choice(VICTIMS)
-    pid = server.pids().get(role)
-    if pid is None:
-        return []
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
-    return [role]
 
 
 def look(at: float, role: str, process: psutil.Process) -> Sample:
