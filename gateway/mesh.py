@@ -252,7 +252,8 @@ class Mesh:
 
     def _check_open(self, resumed: bool) -> None:
         if self.state.draining and not resumed:
-            raise NotReady("draining: the server is shutting down and takes no new work")
+            reason = "draining: the server is shutting down and takes no new work"
+            raise NotReady(reason, draining=True)
 
     async def _consumed(self, inbox: _Inbox, frames: Frames, epoch: int | None) -> None:
         if epoch == self._epoch:

@@ -1,36 +1,19 @@
-"""Bodies in and out: the one place where HTTP words become protocol words. Asks the card, never the mesh."""
+"""The bodies that come in: the one place where HTTP words become protocol words. Asks the card, never the mesh."""
 
 from __future__ import annotations
 
-import difflib
-import hashlib
 import re
-from collections.abc import Iterable
 from dataclasses import replace
-from typing import Annotated, Any, Literal, TypeVar
-from urllib.parse import parse_qsl
+from typing import Annotated, Any, Literal
 
-import msgspec
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from starlette.requests import Request
-from starlette.responses import Response
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-from gateway.jobs.store import Job
 from gateway.media.stills import StillFormat
 from runtime.errors import InvalidInput
 from runtime.models.card import Card
 from runtime.sampling import ResolvedParams, SamplingParams
 
-MAX_FORM_FIELDS = 200
-MAX_FORM_FILES = 4
-MAX_PART_BYTES = 70_000_000
-"""Starlette's own 1 MB would refuse an image given as a data URL before anybody could say what is wrong with it."""
-
 SIZE = re.compile(r"(\d{1,5})[xX×](\d{1,5})")
-NESTED = ("extra_body", "extra_params")
-"""Fields that hold further fields: what SGLang and vLLM-Omni clients send."""
-
-Fields = dict[str, Any]
 
 
 def _no_bool(value: Any) -> Any:
@@ -151,24 +134,12 @@ class ImageCreate(Generation):
         return replace(super().to_params(card), num_frames=1)
 
 
-Body = TypeVar("Body", bound=Generation)
-
-
-def account(request: Request) -> str:
-    """A name for the caller's API key: fair shares are per key, and the key itself goes no further than this."""
-    secret = request.headers.get("authorization", "").removeprefix("Bearer ").strip()
-    return hashlib.sha256(secret.encode()).hexdigest()[:12] if secret else ""
-
-
-def resolve(body: Generation, card: Card, model_name: str, max_prompt_chars: int) -> ResolvedParams:
+def resolve(body: Generation, card: Card, max_prompt_chars: int) -> ResolvedParams:
     """Everything that can be checked without the mesh.
 
     Raises:
         InvalidInput: names the field that the client sent.
     """
-    if body.model not in {None, model_name}:
-        message = f"{body.model!r} does not exist here; this server has {model_name!r}"
-        raise InvalidInput("model", message, code="model_not_found")
     for name in ("prompt", "negative_prompt"):
         length = len(getattr(body, name) or "")
         if length > max_prompt_chars:
@@ -184,161 +155,3 @@ def _sent_as(field: str, body: Generation) -> str:
     if field == "num_frames" and isinstance(body, VideoCreate) and body.seconds is not None:
         return "seconds"
     return "size" if field in {"width", "height"} and body.size is not None else field
-
-
-async def read_body(request: Request, kind: type[Body]) -> Body:
-    """The body, whichever of the three content types it came in.
-
-    Raises:
-        InvalidInput: names the first field that is wrong.
-    """
-    fields = {name: value for name, value in _merge_nested(await _read_fields(request)).items() if value is not None}
-    if fields.get("input_reference") is not None:
-        raise InvalidInput("input_reference", "text-to-video models take no image", code="unsupported_parameter")
-    try:
-        return kind.model_validate(fields)
-    except ValidationError as error:
-        raise _as_invalid_input(error, kind) from error
-
-
-async def _read_fields(request: Request) -> Fields:
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type == "multipart/form-data":
-        limits = {"max_files": MAX_FORM_FILES, "max_fields": MAX_FORM_FIELDS, "max_part_size": MAX_PART_BYTES}
-        async with request.form(**limits) as form:
-            return unbracket(form.multi_items())
-    raw = await request.body()
-    # `curl -d '{…}'` without a header calls its JSON a form.
-    if content_type == "application/x-www-form-urlencoded" and not raw.lstrip().startswith(b"{"):
-        return unbracket(_split_form(raw))
-    return _decode_object("body", raw)
-
-
-def _split_form(raw: bytes) -> list[tuple[str, str]]:
-    try:
-        return parse_qsl(raw.decode(), keep_blank_values=True, max_num_fields=MAX_FORM_FIELDS)
-    except ValueError as error:
-        raise InvalidInput("body", f"is no form: {error}") from error
-
-
-def _decode_object(field: str, raw: bytes | str) -> Fields:
-    try:
-        return msgspec.json.decode(raw, type=Fields)
-    except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
-        raise InvalidInput(field, f"is no JSON object: {error}", code="invalid_json") from error
-
-
-def unbracket(pairs: Iterable[tuple[str, Any]]) -> Fields:
-    """Form fields as clients flatten them: ``a=1``, ``b[c]=2``, ``d[]=3`` -> ``{a: 1, b: {c: 2}, d: [3]}``.
-
-    Raises:
-        InvalidInput: a field is given twice, or as two different things.
-    """
-    fields: Fields = {}
-    for name, value in pairs:
-        is_item = name.endswith("[]")
-        outer, *inner = _split_brackets(name.removesuffix("[]"))
-        if "" in inner:
-            raise InvalidInput(name, "is a list of something else than values")
-        place, key = fields, outer
-        for part in inner:
-            place, key = _descend(place, key, name), part
-        if is_item:
-            items = place.setdefault(key, [])
-            if not isinstance(items, list):
-                raise InvalidInput(name, "is given as a list and as something else")
-            items.append(value)
-        elif key in place:
-            raise InvalidInput(name, "is given twice")
-        else:
-            place[key] = value
-    return fields
-
-
-def _split_brackets(name: str) -> list[str]:
-    """``a[b][c]`` -> a, b, c; anything else is one name."""
-    return re.split(r"\]\[|\[", name.removesuffix("]")) if name.endswith("]") else [name]
-
-
-def _descend(place: Fields, key: str, name: str) -> Fields:
-    inner = place.setdefault(key, {})
-    if not isinstance(inner, dict):
-        raise InvalidInput(name, "is given as an object and as something else")
-    return inner
-
-
-def _merge_nested(fields: Fields) -> Fields:
-    for name in NESTED:
-        nested = fields.pop(name, None)
-        if nested is None:
-            continue
-        if isinstance(nested, str):
-            nested = _decode_object(name, nested)
-        if not isinstance(nested, dict):
-            raise InvalidInput(name, "is no object")
-        for key, value in nested.items():
-            if fields.setdefault(key, value) != value:
-                raise InvalidInput(key, f"is given twice, outside of {name} and in it")
-    return fields
-
-
-def _as_invalid_input(error: ValidationError, kind: type[Generation]) -> InvalidInput:
-    """The first complaint in OpenAI's words."""
-    first = error.errors(include_url=False)[0]
-    field = str(first["loc"][0]) if first["loc"] else "body"
-    if first["type"] == "missing":
-        return InvalidInput(field, "is required", code="missing_required_parameter")
-    if first["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(field, kind.model_fields, n=1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        return InvalidInput(field, f"is no parameter of this endpoint{hint}", code="unknown_parameter")
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return InvalidInput(field, message[0].lower() + message[1:])
-
-
-# ---- answers -----------------------------------------------------------------------------------------------------
-
-
-def video_object(job: Job) -> dict[str, Any]:
-    """OpenAI's Video, and what we know beyond it."""
-    params = job.params
-    return {
-        "id": job.id,
-        "object": "video",
-        "model": job.model,
-        "status": job.status,
-        "progress": job.progress,
-        "created_at": int(job.created_at),
-        "completed_at": None if job.completed_at is None else int(job.completed_at),
-        "expires_at": None,
-        "error": error_object(job) if job.error_code is not None else None,
-        "prompt": params.prompt,
-        "seconds": f"{params.num_frames / params.fps:g}",
-        "size": f"{params.width}x{params.height}",
-        "remixed_from_video_id": None,
-        "seed": params.seed,
-        "fps": params.fps,
-        "num_frames": params.num_frames,
-        "num_inference_steps": params.num_inference_steps,
-        "timings": job.timings,
-        "eta_s": job.eta_s,
-        "queue_position": job.queue_position,
-        "stage": job.stage,
-        "step": job.step,
-    }
-
-
-def error_object(job: Job) -> dict[str, Any]:
-    """Why a job ended without a video."""
-    kind = "server_error" if job.status == "failed" else "invalid_request_error"
-    return error_body(job.error_message or "", kind, None, job.error_code)["error"]
-
-
-def error_body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, dict[str, Any]]:
-    """The one shape in which every OpenAI client reads an error."""
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def reply(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:
-    """JSON, encoded by msgspec."""
-    return Response(msgspec.json.encode(content), status, headers, "application/json")

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from gateway.jobs.store import Job
 from gateway.media.stills import jpeg
-from gateway.schema import error_object, video_object
+from gateway.replies import error_object, video_object
 
 ENDINGS = ("done", "error")
 KEPT_STILLS = 16

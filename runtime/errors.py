@@ -36,6 +36,10 @@ class InvalidInput(FramemeshError, ValueError):
 class NotReady(FramemeshError):
     """The mesh is starting, restarting or draining."""
 
+    def __init__(self, reason: str, *, draining: bool = False) -> None:
+        super().__init__(reason)
+        self.draining = draining
+
 
 class RequestFailed(FramemeshError):
     """An accepted request that ended as failed or cancelled."""

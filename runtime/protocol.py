@@ -108,6 +108,12 @@ class Request(msgspec.Struct, frozen=True):
     """Higher goes first within a key."""
     timeout_s: Seconds | None = None
     """Seconds after its arrival at which it is no longer wanted."""
+    trace: Place = ""
+    """The `x-request-id` of the HTTP call behind it, for logs."""
+    traceparent: Word = ""
+    """W3C trace context of that call."""
+    previews: Times = 0
+    """Latent previews that are wanted while it is denoised, evenly spread."""
 
 
 class GatewayHello(Message, frozen=True):
@@ -149,10 +155,24 @@ class Progress(Message, frozen=True):
     queue_position: Int63 = 0
 
 
+class Usage(msgspec.Struct, frozen=True):
+    """What a request took of the mesh."""
+
+    queue_s: float = 0.0
+    """Seconds in line, all attempts together."""
+    rank_seconds: float = 0.0
+    """Seconds of work times ranks; a shared item is split evenly among its requests."""
+    attempts: int = 0
+    """How often it was started."""
+    peak_memory_bytes: int = 0
+    """Of the fullest rank while it ran; 0: not known."""
+
+
 class Completed(Message, frozen=True):
     request_id: Id
     timings: dict[str, float]
     """Seconds per stage (queued, encode, denoise, decode, total) as the scheduler saw them."""
+    usage: Usage = Usage()
 
 
 class Failed(Message, frozen=True):
@@ -369,6 +389,10 @@ class FramesChunk(Message, frozen=True):
     width: Pixels
     timings: Annotated[dict[Word, Seconds], Meta(max_length=100)] = {}
     """On the last chunk: the rank's own seconds per stage."""
+    kind: Literal["frames", "preview"] = "frames"
+    """A preview is made of latents, uses no credit and may be lost."""
+    step: Steps = 0
+    """Denoising steps behind a preview."""
 
 
 # ---- observers ---------------------------------------------------------------------------------------------------

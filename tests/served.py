@@ -18,6 +18,8 @@ from fake_mesh import FakeMesh
 
 from gateway.__main__ import listen
 from gateway.app import create_app
+from gateway.catalog import Catalog, Model
+from gateway.jobs.runner import JobRunner
 from gateway.jobs.store import JobStore
 from gateway.media.mp4 import read_frames
 from gateway.mesh import Mesh
@@ -49,12 +51,21 @@ class Gateway:
         self._loop = asyncio.get_running_loop()
         frames = f"ipc://{self.fake.folder}/frames{id(self)}"
         mesh = Mesh(self.fake.endpoint, frames, batching_delay_s=self.config.batching_delay_ms / 1000)
+        catalog = Catalog([Model(self.config.model_name, self.fake.card, mesh)])
         store = JobStore(f"sqlite:///{self.config.output_path}/jobs.sqlite3")
-        self.app = create_app(self.config, mesh, store, self.fake.card, max_body_bytes=self._max_body_bytes)
+        self.app = create_app(self.config, catalog, store, max_body_bytes=self._max_body_bytes)
         settings = uvicorn.Config(self.app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(settings)
         self._loop.call_soon(self._started.set)
         await self._server.serve([self._listening])
+
+    @property
+    def mesh(self) -> Mesh:
+        return self.app.state.services.catalog.default.mesh
+
+    @property
+    def runner(self) -> JobRunner:
+        return self.app.state.services.runner
 
     def close(self) -> None:
         self.http.close()

@@ -33,7 +33,7 @@ def logs():
 
 def drain(gateway, fake):
     fake.drain()
-    eventually(lambda: gateway.call(lambda: gateway.app.state.mesh.state.draining))
+    eventually(lambda: gateway.call(lambda: gateway.mesh.state.draining))
 
 
 def stored_status(tmp_path) -> dict[str, str]:
@@ -117,7 +117,7 @@ def test_a_submit_that_meets_a_drain_on_the_way_waits_in_the_store(start, fake, 
     gateway.wait(gateway.create(num_frames=1))
     fake.draining = True  # and nobody was told
     ids = [gateway.create(), gateway.create()]
-    live = gateway.app.state.runner._live
+    live = gateway.runner._live
     eventually(lambda: all(gateway.call(lambda name=name: live[name].task.done()) for name in ids))
     assert [gateway.video(video_id)["status"] for video_id in ids] == ["queued", "queued"]
     with gateway.follow(ids[0]) as following:

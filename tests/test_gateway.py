@@ -31,11 +31,11 @@ from served import BODY, eventually, names, parse_events
 from sqlalchemy.exc import SQLAlchemyError
 
 from gateway.__main__ import listen
+from gateway.body import unbracket
 from gateway.jobs import runner as runner_module
 from gateway.jobs.store import JobStore
 from gateway.media.mp4 import read_frames
 from gateway.mesh import FRAME_CREDITS
-from gateway.schema import unbracket
 from gateway.stream import EventLog
 from runtime.config import Config, save_frozen
 from runtime.errors import InvalidInput, StartFailed
@@ -212,7 +212,7 @@ def test_what_nobody_caught_is_told_without_its_inside(gateway, monkeypatch, log
     async def broken(*args):
         raise RuntimeError("secret")
 
-    monkeypatch.setattr(gateway.app.state.runner, "list", broken)
+    monkeypatch.setattr(gateway.runner, "list", broken)
     answer = gateway.http.get("/v1/videos", headers={"x-request-id": "mine"})
     assert (answer.status_code, answer.headers["x-should-retry"]) == (500, "false")
     assert answer.headers["x-request-id"] == "mine"
@@ -447,7 +447,7 @@ def test_readers_hear_of_the_end_even_if_the_store_is_broken(gateway, fake, monk
         patch.setattr(JobStore, "_transact", broken)
         fake.release()
         assert list(following)[-1][2]["error"]["code"] == "internal_error"
-    assert gateway.app.state.runner._live == {}
+    assert gateway.runner._live == {}
     assert "the end of a job was not stored" in [entry["event"] for entry in logs]
 
 
@@ -540,13 +540,13 @@ def test_a_client_that_leaves_leaves_nothing_behind(gateway, fake):
     for _ in range(5):
         with gateway.follow(video_id, frames="jpeg") as following:
             next(following)
-            assert gateway.call(lambda: gateway.app.state.runner.events(video_id).wants_stills)
-    eventually(lambda: not gateway.call(lambda: gateway.app.state.runner.events(video_id).wants_stills))
+            assert gateway.call(lambda: gateway.runner.events(video_id).wants_stills)
+    eventually(lambda: not gateway.call(lambda: gateway.runner.events(video_id).wants_stills))
     eventually(lambda: gateway.tasks() == before)
     assert gateway.video(video_id)["status"] == "in_progress", "watching is not owning"
     fake.release()
     gateway.wait(video_id)
-    assert gateway.app.state.runner._live == {}
+    assert gateway.runner._live == {}
 
 
 def test_an_idempotency_key_never_runs_twice(gateway, fake):

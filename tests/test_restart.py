@@ -123,7 +123,7 @@ def test_frames_that_come_again_are_taken_once_and_every_credit_comes_back_once(
     video_id = gateway.create(seed=1)
     fake.wait_for("decode:3")
     # Three chunks are accepted and none of them consumed.
-    eventually(lambda: gateway.call(lambda: gateway.app.state.mesh._inboxes[video_id].next_frame) == 9)
+    eventually(lambda: gateway.call(lambda: gateway.mesh._inboxes[video_id].next_frame) == 9)
     getattr(fake, accident)()
     fake.wait_for("decode:3")
     slow.set()
@@ -134,7 +134,7 @@ def test_frames_that_come_again_are_taken_once_and_every_credit_comes_back_once(
     assert content(gateway, video_id) == content(gateway, undisturbed)
     eventually(lambda: fake.credits == FRAME_CREDITS)
     assert fake.most_credits <= FRAME_CREDITS, "more credits came back than were taken"
-    assert gateway.call(lambda: gateway.app.state.mesh.dropped_chunks) == 3
+    assert gateway.call(lambda: gateway.mesh.dropped_chunks) == 3
 
 
 def test_a_repeated_chunk_costs_its_credit_and_nothing_else(gateway, fake):

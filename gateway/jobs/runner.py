@@ -13,10 +13,11 @@ from typing import Any, ParamSpec, TypeVar
 import msgspec
 from sqlalchemy.exc import SQLAlchemyError
 
+from gateway.catalog import Catalog, Model
 from gateway.jobs.outputs import Outputs, Recording
-from gateway.jobs.store import Job, JobStore, Order, Page, Status
-from gateway.mesh import DRAINING, Frames, Mesh
-from gateway.schema import error_object
+from gateway.jobs.store import Asked, Job, JobStore, Order, Page, Status
+from gateway.mesh import DRAINING, Frames
+from gateway.replies import error_object
 from gateway.stream import EventLog, encode_stills, ending
 from runtime.errors import InvalidInput, NotReady, RequestFailed
 from runtime.log import get_logger
@@ -45,6 +46,7 @@ class LiveJob:
     """A job that has a task in this process; `job` is newer than the store's row."""
 
     job: Job
+    model: Model
     task: asyncio.Task[None] | None = None
     log: EventLog = field(default_factory=EventLog)
     saved_at: float = 0.0
@@ -53,14 +55,15 @@ class LiveJob:
 class JobRunner:
     """Owns every running job's task, files and events."""
 
-    def __init__(self, mesh: Mesh, store: JobStore, outputs: Outputs, model_name: str) -> None:
-        self._mesh = mesh
+    def __init__(self, catalog: Catalog, store: JobStore, outputs: Outputs) -> None:
+        self._catalog = catalog
         self._store = store
         self.outputs = outputs
-        self._model_name = model_name
         self._live: dict[str, LiveJob] = {}
 
-    async def submit(self, params: ResolvedParams, terms: Terms, idempotency_key: str | None = None) -> Job:
+    async def submit(
+        self, model: Model, params: ResolvedParams, terms: Terms, asked: Asked, idempotency_key: str | None = None
+    ) -> Job:
         """Accept a job: it is in the store before this returns. A key that was used before returns its job.
 
         Raises:
@@ -71,18 +74,19 @@ class JobRunner:
             id=new_video_id(),
             params=params,
             terms=terms,
-            model=self._model_name,
+            asked=asked,
+            model=model.name,
             created_at=time.time(),
             total_steps=params.num_inference_steps,
             idempotency_key=idempotency_key,
         )
         # Whoever heard from the launcher that the mesh is ready may be here before the news of it.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._mesh.wait_model(), MODEL_PATIENCE_S)
-        request = await asyncio.to_thread(self._mesh.request, job.id, params, terms)
+            await asyncio.wait_for(model.mesh.wait_model(), MODEL_PATIENCE_S)
+        request = await asyncio.to_thread(model.mesh.request, job.id, params, terms)
         stored = await self._store.insert(job)
         if stored.id == job.id:
-            self._start(job, request)
+            self._start(job, model, request)
         elif msgspec.structs.replace(stored.params, seed=params.seed) != params:
             raise InvalidInput("Idempotency-Key", "was used before for a request with other parameters")
         return self._newest(stored)
@@ -91,21 +95,25 @@ class JobRunner:
         """Take up what an earlier process left unfinished, under the same ids; it runs when the model is loaded."""
         self.outputs.open()
         for job in await self._store.unfinished():
-            final = self.outputs.final(job.id)
+            final, model = self.outputs.final(job.id), self._catalog.get(job.model)
             # The frames come again from the first one.
             self.outputs.fragments(job.id).unlink(missing_ok=True)
             if final.exists():
                 # The process died between finishing the file and noting it.
                 done = {"progress": 100, "frames_done": job.params.num_frames, "output_file": final.name}
-                await self._end(LiveJob(job), "completed", **done)
-                await self._mesh.forget(job.id)
-            elif job.model != self._model_name:
-                reason = f"the server was restarted with the model {self._model_name} instead of {job.model}"
-                await self._end(LiveJob(job), "failed", error_code="model_changed", error_message=reason)
-                await self._mesh.forget(job.id)
+                await self._end(job, "completed", **done)
+                await self._forget_elsewhere(job)
+            elif model is None:
+                reason = f"the server was restarted without the model {job.model}"
+                await self._end(job, "failed", error_code="model_changed", error_message=reason)
+                await self._forget_elsewhere(job)
             else:
                 again = {"status": "queued", "stage": "queued", "progress": 0, "step": 0, "frames_done": 0}
-                self._start(msgspec.structs.replace(job, **again), None)
+                self._start(msgspec.structs.replace(job, **again), model, None)
+
+    async def _forget_elsewhere(self, job: Job) -> None:
+        for model in self._catalog:
+            await model.mesh.forget(job.id)
 
     async def find(self, job_id: str) -> Job | None:
         live = self._live.get(job_id)
@@ -128,7 +136,7 @@ class JobRunner:
         live.task.cancel()
         await asyncio.wait([live.task])
         if not live.log.ended:
-            await self._end(live, "cancelled", error_code="cancelled", error_message=reason)
+            await self._end_live(live, "cancelled", error_code="cancelled", error_message=reason)
         self._forget(live)
 
     async def delete(self, job_id: str) -> None:
@@ -144,8 +152,8 @@ class JobRunner:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _start(self, job: Job, request: Request | None) -> None:
-        live = LiveJob(job)
+    def _start(self, job: Job, model: Model, request: Request | None) -> None:
+        live = LiveJob(job, model)
         self._live[job.id] = live
         live.task = asyncio.create_task(self._run(live, request), name=job.id)
 
@@ -177,28 +185,28 @@ class JobRunner:
             if error.code == DRAINING:
                 raise TooLate from error
             status: Status = "cancelled" if error.code == "cancelled" else "failed"
-            await self._end(live, status, error_code=error.code, error_message=error.reason)
+            await self._end_live(live, status, error_code=error.code, error_message=error.reason)
         else:
-            await self._end(live, "completed", progress=100, timings=timings, output_file=output_file)
+            await self._end_live(live, "completed", progress=100, timings=timings, output_file=output_file)
 
     async def _give_up(self, live: LiveJob, reason: str) -> None:
         """Readers hear of the end even if the store is what failed."""
         columns = {"error_code": "internal_error", "error_message": reason}
         try:
-            await self._end(live, "failed", **columns)
+            await self._end_live(live, "failed", **columns)
         except SQLAlchemyError:
             log.exception("the end of a job was not stored", job=live.job.id)
             await live.log.publish("error", {"error": error_object(msgspec.structs.replace(live.job, **columns))})
 
     async def _generate(self, live: LiveJob, request: Request | None) -> tuple[dict[str, float], str]:
         """(seconds per stage, name of the finished file)."""
-        resumed, job = request is None, live.job
+        resumed, job, mesh = request is None, live.job, live.model.mesh
         if request is None:
-            await self._mesh.wait_model()
-            request = await asyncio.to_thread(self._mesh.request, job.id, job.params, job.terms, resumed=True)
+            await mesh.wait_model()
+            request = await asyncio.to_thread(mesh.request, job.id, job.params, job.terms, resumed=True)
         output_file = ""
         with contextlib.closing(Recording(self.outputs, live.job)) as recording:
-            async with contextlib.aclosing(self._mesh.run(request, resumed=resumed)) as events:
+            async with contextlib.aclosing(mesh.run(request, resumed=resumed)) as events:
                 async for event in events:
                     match event:
                         case Progress():
@@ -268,15 +276,20 @@ class JobRunner:
         names = ("status", "progress", "started_at", "stage", "step", "frames_done")
         await self._store.update(live.job.id, **{name: getattr(live.job, name) for name in names})
 
-    async def _end(self, live: LiveJob, status: Status, **columns: Any) -> None:
-        """Store how it ended, then say so. If the store has another ending already, that one stands."""
-        columns |= {"status": status, "completed_at": time.time()}
-        changed = await self._store.update(live.job.id, **columns)
-        job = msgspec.structs.replace(live.job, eta_s=None, queue_position=None, **columns)
-        live.job = job if changed else await self._store.get(job.id) or job
-        if live.job.status != "completed":
-            await asyncio.to_thread(self.outputs.delete, live.job.id)
+    async def _end_live(self, live: LiveJob, status: Status, **columns: Any) -> None:
+        """Store how it ended, then tell its readers."""
+        live.job = await self._end(live.job, status, **columns)
         await live.log.publish(*ending(live.job))
+
+    async def _end(self, job: Job, status: Status, **columns: Any) -> Job:
+        """Store how it ended; the job as it is then. If the store has another ending already, that one stands."""
+        columns |= {"status": status, "completed_at": time.time()}
+        changed = await self._store.update(job.id, **columns)
+        ended = msgspec.structs.replace(job, eta_s=None, queue_position=None, **columns)
+        ended = ended if changed else await self._store.get(job.id) or ended
+        if ended.status != "completed":
+            await asyncio.to_thread(self.outputs.delete, job.id)
+        return ended
 
 
 def new_video_id() -> str:

@@ -31,6 +31,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.exc import IntegrityError
 
+from runtime.protocol import Usage
 from runtime.sampling import ResolvedParams, Terms
 
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
@@ -38,6 +39,17 @@ Order = Literal["asc", "desc"]
 UNFINISHED = ("queued", "in_progress")
 
 T = TypeVar("T")
+
+
+class Asked(msgspec.Struct, frozen=True, kw_only=True):
+    """What a client wants of the gateway itself; nothing of it reaches a rank's arithmetic."""
+
+    request_id: str = ""
+    """The `x-request-id` of the call that made the job."""
+    user: str | None = None
+    safety_identifier: str | None = None
+    remixed_from: str | None = None
+    """The video whose parameters were taken over."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -48,6 +60,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     created_at: float
     terms: Terms = Terms()
+    asked: Asked = Asked()
     status: Status = "queued"
     progress: int = 0
     """Percent."""
@@ -61,6 +74,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     error_message: str | None = None
     timings: dict[str, float] = {}
     """Seconds per stage, once it is completed."""
+    usage: Usage = Usage()
+    """Likewise."""
     output_file: str | None = None
     idempotency_key: str | None = None
     eta_s: float | None = None
@@ -88,6 +103,7 @@ _table = Table(
     Column("progress", Integer, nullable=False),
     Column("params", Text, nullable=False),
     Column("terms", Text, nullable=False),
+    Column("asked", Text, nullable=False),
     Column("model", Text, nullable=False),
     Column("created_at", Float, nullable=False),
     Column("started_at", Float),
@@ -99,13 +115,20 @@ _table = Table(
     Column("error_code", Text),
     Column("error_message", Text),
     Column("timings", Text, nullable=False),
+    Column("usage", Text, nullable=False),
     Column("output_file", Text),
     Column("idempotency_key", String(255), unique=True),
     # A number that came back after a deletion would put a new job on an old page.
     sqlite_autoincrement=True,
 )
 _columns = _table.c
-_JSON = {"params": ResolvedParams, "terms": Terms, "timings": dict[str, float]}
+_JSON = {
+    "params": ResolvedParams,
+    "terms": Terms,
+    "asked": Asked,
+    "timings": dict[str, float],
+    "usage": Usage,
+}
 
 
 class JobStore:

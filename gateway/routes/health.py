@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request
+from fastapi import APIRouter
 from starlette.responses import Response
 
-from gateway.mesh import Mesh
-from gateway.schema import reply
+from gateway.replies import reply
+from gateway.services import Here
 
 router = APIRouter(prefix="/health")
 
@@ -18,9 +18,8 @@ async def live() -> Response:
 
 @router.get("")
 @router.get("/ready")
-async def ready(request: Request) -> Response:
-    mesh: Mesh = request.app.state.mesh
-    state = mesh.state
+async def ready(here: Here) -> Response:
+    state = here.catalog.default.mesh.state
     answer = {"reason": state.reason, "ranks_ready": state.ranks_ready, "num_ranks": state.num_ranks}
     if state.ready and not state.draining:
         return reply({"status": "ready"} | answer)

@@ -17,11 +17,16 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import FileResponse, Response
 
+from gateway.auth import account
+from gateway.body import read_body
+from gateway.catalog import Model
 from gateway.jobs.runner import MODEL_PATIENCE_S
 from gateway.media.metadata import generation_metadata
 from gateway.media.stills import FULL_QUALITY, still
-from gateway.mesh import Frames, Mesh
-from gateway.schema import ImageCreate, account, error_body, read_body, reply, resolve
+from gateway.mesh import Frames
+from gateway.replies import error_body, reply
+from gateway.schema import ImageCreate, resolve
+from gateway.services import Here, services
 from runtime.errors import InvalidInput, RequestFailed
 from runtime.protocol import Request as Generation
 from runtime.sampling import ResolvedParams, check_terms
@@ -52,20 +57,20 @@ _CREATE = {
 
 
 @router.post("/generations", openapi_extra=_CREATE)
-async def generate(request: Request) -> Response:
+async def generate(request: Request, here: Here) -> Response:
     if "idempotency-key" in request.headers:
         raise InvalidInput("Idempotency-Key", "is for /v1/videos; an image is answered at once and not remembered")
-    state = request.app.state
     body = await read_body(request, ImageCreate)
-    params = resolve(body, state.card, state.config.model_name, state.config.max_prompt_chars)
+    model = here.catalog.find(body.model)
+    params = resolve(body, model.card, here.config.max_prompt_chars)
     created = int(time.time())
     try:
-        pictures = await _unless_client_leaves(request, _make_all(request, body, params))
+        pictures = await _unless_client_leaves(request, _make_all(request, model, body, params))
     except RequestFailed as error:
         return _failed(error)
     if pictures is None:
         return Response(status_code=CLIENT_LEFT)
-    return reply(await _answer(request, body, params, created, pictures))
+    return reply(await _answer(request, model, body, params, created, pictures))
 
 
 @router.get("/{image_id}/content", name="image_content", response_class=FileResponse)
@@ -78,36 +83,35 @@ async def content(image_id: str, request: Request) -> Response:
     return FileResponse(found[0], media_type=media_type, filename=found[0].name, content_disposition_type="inline")
 
 
-async def _make_all(request: Request, body: ImageCreate, params: ResolvedParams) -> list[Picture]:
+async def _make_all(request: Request, model: Model, body: ImageCreate, params: ResolvedParams) -> list[Picture]:
     """`body.n` pictures whose seeds count up; if one fails the others are cancelled."""
-    mesh: Mesh = request.app.state.mesh
     if params.seed + body.n > 2**63:
         raise InvalidInput("seed", f"{params.seed} leaves no room for {body.n} images; take a smaller one")
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(mesh.wait_model(), MODEL_PATIENCE_S)
+        await asyncio.wait_for(model.mesh.wait_model(), MODEL_PATIENCE_S)
     terms = check_terms(body.priority, body.timeout, account(request))
-    first = await asyncio.to_thread(mesh.request, _new_image_id(), params, terms)
+    first = await asyncio.to_thread(model.mesh.request, _new_image_id(), params, terms)
     wanted = [
         msgspec.structs.replace(first, id=_new_image_id(), params=msgspec.structs.replace(params, seed=seed))
         for seed in range(params.seed, params.seed + body.n)
     ]
     try:
         async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_make(request, body, generation)) for generation in wanted]
+            tasks = [group.create_task(_make(model, body, generation)) for generation in wanted]
     except ExceptionGroup as failed:
         raise failed.exceptions[0] from failed
     return [task.result() for task in tasks]
 
 
-async def _make(request: Request, body: ImageCreate, generation: Generation) -> Picture:
+async def _make(model: Model, body: ImageCreate, generation: Generation) -> Picture:
     frame, timings = None, {}
-    async with contextlib.aclosing(request.app.state.mesh.run(generation)) as events:
+    async with contextlib.aclosing(model.mesh.run(generation)) as events:
         async for event in events:
             if isinstance(event, Frames):
                 frame, timings = event.pixels[0], event.timings
     assert frame is not None, "completed without a picture"
     params = generation.params
-    metadata = generation_metadata(params, request.app.state.config.model_name, timings)
+    metadata = generation_metadata(params, model.name, timings)
     quality = FULL_QUALITY if body.output_compression is None else body.output_compression
     file = await asyncio.to_thread(still, frame, body.output_format, metadata, quality)
     return Picture(generation.id, file, params.seed, timings)
@@ -131,16 +135,15 @@ async def _disconnected(request: Request) -> None:
 
 
 async def _answer(
-    request: Request, body: ImageCreate, params: ResolvedParams, created: int, pictures: list[Picture]
+    request: Request, model: Model, body: ImageCreate, params: ResolvedParams, created: int, pictures: list[Picture]
 ) -> dict[str, Any]:
     """OpenAI's ImagesResponse, and what we know beyond it."""
-    mesh: Mesh = request.app.state.mesh
     return {
         "created": created,
         "data": [await _entry(request, body, picture) for picture in pictures],
         "output_format": body.output_format,
         "size": f"{params.width}x{params.height}",
-        "warnings": await asyncio.to_thread(mesh.warnings, params),
+        "warnings": await asyncio.to_thread(model.mesh.warnings, params),
     }
 
 
@@ -166,7 +169,7 @@ def _failed(error: RequestFailed) -> Response:
 
 
 def _folder(request: Request) -> Path:
-    return Path(request.app.state.config.output_path) / "images"
+    return Path(services(request).config.output_path) / "images"
 
 
 def _new_image_id() -> str:

@@ -2,54 +2,44 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
-from fastapi import APIRouter, Depends, Request
+from fastapi import APIRouter
 from starlette.responses import Response
 
-from gateway.mesh import Mesh
-from gateway.schema import reply
-from runtime.errors import InvalidInput, NotReady
-from runtime.models.card import card_for
-from runtime.protocol import ModelInfo
+from gateway.catalog import Model
+from gateway.replies import reply
+from gateway.services import Here
+from runtime.errors import NotReady
 
 router = APIRouter()
 
 
-def _model(request: Request) -> ModelInfo:
-    mesh: Mesh = request.app.state.mesh
-    if mesh.model is None:
-        raise NotReady(mesh.state.reason)
-    return mesh.model
-
-
-Model = Annotated[ModelInfo, Depends(_model)]
-
-
 @router.get("/v1/models")
-async def list_models(model: Model) -> Response:
-    return reply({"object": "list", "data": [_card(model)]})
+async def list_models(here: Here) -> Response:
+    return reply({"object": "list", "data": [_card(model) for model in here.catalog]})
 
 
 @router.get("/v1/models/{model_id:path}")
-async def retrieve_model(model_id: str, model: Model) -> Response:
-    if model_id != model.name:
-        message = f"{model_id!r} does not exist here; this server has {model.name!r}"
-        raise InvalidInput("model", message, code="model_not_found")
-    return reply(_card(model))
+async def retrieve_model(model_id: str, here: Here) -> Response:
+    return reply(_card(here.catalog.find(model_id)))
 
 
 @router.get("/models")
-async def describe(model: Model) -> Response:
-    return reply(_description(model))
+async def describe(here: Here) -> Response:
+    """What the reference system's clients ask before anything else; it has one model only."""
+    return reply(_description(here.catalog.default))
 
 
-def _card(model: ModelInfo) -> dict[str, Any]:
+def _card(model: Model) -> dict[str, Any]:
     return {"id": model.name, "object": "model", "created": 0, "owned_by": "framemesh"} | _description(model)
 
 
-def _description(model: ModelInfo) -> dict[str, Any]:
-    card = card_for(model.configs)
+def _description(served: Model) -> dict[str, Any]:
+    model = served.mesh.model
+    if model is None:
+        raise NotReady(served.mesh.state.reason)
+    card = served.card
     return {
         "model_path": model.model_path,
         "task_type": card.task_type,

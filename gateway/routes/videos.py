@@ -12,10 +12,15 @@ from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.responses import FileResponse, Response
 
+from gateway.auth import account
+from gateway.body import read_body
 from gateway.jobs.outputs import VIDEO_ID
 from gateway.jobs.runner import JobRunner
-from gateway.jobs.store import Job, Order
-from gateway.schema import VideoCreate, account, read_body, reply, resolve, video_object
+from gateway.jobs.store import Asked, Job, Order
+from gateway.middleware import request_id
+from gateway.replies import reply, video_object
+from gateway.schema import VideoCreate, resolve
+from gateway.services import Here
 from gateway.stream import tell_ended, tell_live
 from runtime.errors import InvalidInput
 from runtime.sampling import check_terms
@@ -25,17 +30,9 @@ POLL_MS = (250, 5000)
 router = APIRouter(prefix="/v1/videos")
 
 
-def _runner(request: Request) -> JobRunner:
-    runner: JobRunner = request.app.state.runner
-    return runner
-
-
-Runner = Annotated[JobRunner, Depends(_runner)]
-
-
-async def _existing(video_id: str, runner: Runner) -> Job:
+async def _existing(video_id: str, here: Here) -> Job:
     """The job of the path, or 404 before a response (an event stream, say) has begun."""
-    job = await runner.find(video_id)
+    job = await here.runner.find(video_id)
     if job is None:
         raise InvalidInput("video_id", f"there is no video {video_id!r}", code="video_not_found")
     return job
@@ -51,23 +48,24 @@ _CREATE = {
 
 @router.post("", openapi_extra=_CREATE)
 async def create(
-    request: Request, runner: Runner, idempotency_key: Annotated[str | None, Header(max_length=255)] = None
+    request: Request, here: Here, idempotency_key: Annotated[str | None, Header(max_length=255)] = None
 ) -> Response:
-    state = request.app.state
     body = await read_body(request, VideoCreate)
-    params = resolve(body, state.card, state.config.model_name, state.config.max_prompt_chars)
+    model = here.catalog.find(body.model)
+    params = resolve(body, model.card, here.config.max_prompt_chars)
     terms = check_terms(body.priority, body.timeout, account(request))
-    return reply(video_object(await runner.submit(params, terms, idempotency_key)))
+    asked = Asked(request_id=request_id(request))
+    return reply(video_object(await here.runner.submit(model, params, terms, asked, idempotency_key)))
 
 
 @router.get("")
 async def list_videos(
-    runner: Runner,
+    here: Here,
     after: Annotated[str | None, Query(pattern=f"^{VIDEO_ID.pattern}$", max_length=64)] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Order = "desc",
 ) -> Response:
-    page = await runner.list(after, limit, order)
+    page = await here.runner.list(after, limit, order)
     data = [video_object(job) for job in page.jobs]
     first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
     return reply({"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": page.has_more})
@@ -80,19 +78,19 @@ async def retrieve(job: Existing) -> Response:
 
 
 @router.get("/{video_id}/content", response_class=FileResponse)
-async def content(job: Existing, runner: Runner, variant: Literal["video"] = "video") -> Response:
-    path = _finished_file(job, runner)
+async def content(job: Existing, here: Here, variant: Literal["video"] = "video") -> Response:
+    path = _finished_file(job, here.runner)
     return FileResponse(path, media_type="video/mp4", filename=path.name, content_disposition_type="inline")
 
 
 @router.get("/{video_id}/events", response_class=EventSourceResponse)
 async def events(
     job: Existing,
-    runner: Runner,
+    here: Here,
     frames: Literal["jpeg"] | None = None,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> AsyncIterator[ServerSentEvent]:
-    log, read = runner.events(job.id), functools.partial(runner.outputs.read, job.id)
+    log, read = here.runner.events(job.id), functools.partial(here.runner.outputs.read, job.id)
     with_stills = frames == "jpeg"
     told = tell_live(log, last_event_id, read, with_stills) if log else tell_ended(job, read, with_stills)
     async with contextlib.aclosing(told):
@@ -101,14 +99,14 @@ async def events(
 
 
 @router.post("/{video_id}/cancel")
-async def cancel(job: Existing, runner: Runner) -> Response:
-    await runner.cancel(job.id, "cancelled by the client")
-    return reply(video_object(await runner.find(job.id) or job))
+async def cancel(job: Existing, here: Here) -> Response:
+    await here.runner.cancel(job.id, "cancelled by the client")
+    return reply(video_object(await here.runner.find(job.id) or job))
 
 
 @router.delete("/{video_id}")
-async def delete(job: Existing, runner: Runner) -> Response:
-    await runner.delete(job.id)
+async def delete(job: Existing, here: Here) -> Response:
+    await here.runner.delete(job.id)
     return reply({"id": job.id, "object": "video.deleted", "deleted": True})
 
 
