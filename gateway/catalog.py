@@ -1,0 +1,57 @@
+"""The models that this gateway serves, by the names that clients know them under."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from gateway.mesh import Mesh
+from runtime.errors import InvalidInput
+from runtime.models.card import Card
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model, and the mesh behind it."""
+
+    name: str
+    card: Card
+    mesh: Mesh
+
+
+class Catalog:
+    """At least one model; the first is the one that a request without a name means."""
+
+    def __init__(self, models: Sequence[Model]) -> None:
+        self._models = {model.name: model for model in models}
+
+    def __iter__(self) -> Iterator[Model]:
+        return iter(self._models.values())
+
+    @property
+    def default(self) -> Model:
+        return next(iter(self))
+
+    def get(self, name: str) -> Model | None:
+        return self._models.get(name)
+
+    def find(self, name: str | None) -> Model:
+        """The model of that name.
+
+        Raises:
+            InvalidInput: there is none.
+        """
+        found = self.default if name is None else self.get(name)
+        if found is None:
+            message = f"{name!r} does not exist here; this server has {', '.join(map(repr, self._models))}"
+            raise InvalidInput("model", message, code="model_not_found")
+        return found
+
+    async def start(self) -> None:
+        """Greet every mesh; waits for none."""
+        for model in self:
+            await model.mesh.start()
+
+    async def close(self) -> None:
+        await asyncio.gather(*(model.mesh.close() for model in self))

@@ -1,0 +1,30 @@
+"""What every route can reach: `Services` lives in the application's state."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from fastapi import Depends, Request
+
+from gateway.catalog import Catalog
+from gateway.jobs.runner import JobRunner
+from runtime.config import Config
+
+
+@dataclass(frozen=True)
+class Services:
+    """Made once by `gateway.app.create_app`."""
+
+    config: Config
+    catalog: Catalog
+    runner: JobRunner
+
+
+def services(request: Request) -> Services:
+    found: Services = request.app.state.services
+    return found
+
+
+Here = Annotated[Services, Depends(services)]
+"""The parameter of a route."""
