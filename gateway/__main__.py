@@ -42,7 +42,8 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        print(json.dumps({"url": self._url}), flush=True)
+        if self.started:
+            print(json.dumps({"url": self._url}), flush=True)
 
 
 class _ToStructlog(logging.Handler):
@@ -77,7 +78,11 @@ def main() -> int:
 
 
 async def serve(config: Config, card: Card, scheduler: str, frames: str) -> None:
-    """Until a signal."""
+    """Until a signal.
+
+    Raises:
+        StartFailed: it did not come up, for a reason that its operator can do something about.
+    """
     listening = listen(config.host, config.port)
     store = JobStore(URL.create("sqlite", database=str(Path(config.output_path) / "jobs.sqlite3")))
     mesh = Mesh(scheduler, frames, batching_delay_s=config.batching_delay_ms / 1000)
@@ -85,6 +90,8 @@ async def serve(config: Config, card: Card, scheduler: str, frames: str) -> None
     settings = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S)
     host = f"[{config.host}]" if ":" in config.host else config.host
     await Server(settings, f"http://{host}:{listening.getsockname()[1]}").serve([listening])
+    if app.state.start_failed is not None:
+        raise app.state.start_failed
 
 
 def listen(host: str, port: int) -> socket.socket:

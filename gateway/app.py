@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +15,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.catalog import Catalog
+from gateway.delivery import Delivery
+from gateway.jobs.bucket import Bucket, StorageFailed
+from gateway.jobs.deliveries import Deliveries
 from gateway.jobs.outputs import Outputs
 from gateway.jobs.runner import JobRunner
 from gateway.jobs.store import JobStore
+from gateway.jobs.sweeper import Sweeper
+from gateway.jobs.webhooks import Webhooks
 from gateway.mesh import DRAINING
 from gateway.middleware import BodyLimit, Envelope
 from gateway.replies import CODES, error_reply
@@ -35,30 +41,66 @@ NOT_FOUND = {"model_not_found", "video_not_found", "image_not_found"}
 def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
     """The gateway over its models. It owns their meshes and the store: opens them when it starts, closes them at its
     end."""
-    runner = JobRunner(catalog, store, Outputs(Path(config.output_path)))
+    bucket = None if config.output_store is None else Bucket(config.output_store)
+    outputs, deliveries = Outputs(Path(config.output_path), bucket), Deliveries(store)
+    webhooks = Webhooks(deliveries, config)
+    keep_s = 3600 * config.keep_results_hours
+    runner = JobRunner(catalog, store, outputs, webhooks, keep_s)
+    sweeper = Sweeper(store, outputs, deliveries, keep_s)
 
     @contextlib.asynccontextmanager
-    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
-            await store.open()
-            stack.push_async_callback(store.close)
-            await catalog.start()
-            stack.push_async_callback(catalog.close)
-            await runner.resume()
-            stack.push_async_callback(runner.close)
+            with _noting_failure(app):
+                await open_all(stack)
             yield
 
+    async def open_all(stack: contextlib.AsyncExitStack) -> None:
+        await store.open()
+        stack.push_async_callback(store.close)
+        await deliveries.open()
+        await outputs.open()
+        await catalog.start()
+        stack.push_async_callback(catalog.close)
+        await stack.enter_async_context(_running(webhooks.run(), sweeper.run()))
+        await runner.resume()
+        stack.push_async_callback(runner.close)
+
     app = FastAPI(title="framemesh", lifespan=lifespan)
-    app.state.services = Services(config, catalog, runner)
+    app.state.start_failed = None
+    app.state.services = Services(config, catalog, runner, webhooks, Delivery(outputs, config.output_redirect))
     for routes in (videos, images, models, health):
         app.include_router(routes.router)
     app.add_exception_handler(InvalidInput, _invalid_input)
     app.add_exception_handler(NotReady, _not_ready)
+    app.add_exception_handler(StorageFailed, _storage_failed)
     app.add_exception_handler(RequestValidationError, _validation_failed)
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
     app.add_middleware(Envelope)
     return app
+
+
+@contextlib.contextmanager
+def _noting_failure(app: FastAPI) -> Iterator[None]:
+    """The server that runs us tells nobody why we did not start: `app.state.start_failed` does."""
+    try:
+        yield
+    except Exception as error:
+        app.state.start_failed = error
+        raise
+
+
+@contextlib.asynccontextmanager
+async def _running(*works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Side by side, until the end of the block."""
+    tasks = [asyncio.create_task(work) for work in works]
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _invalid_input(_request: Request, error: Any) -> Response:
@@ -68,6 +110,11 @@ def _invalid_input(_request: Request, error: Any) -> Response:
 def _not_ready(_request: Request, error: Any) -> Response:
     code = DRAINING if error.draining else "model_loading"
     return error_reply(503, f"not ready: {error}", None, code, {"retry-after": str(RETRY_AFTER_S)})
+
+
+def _storage_failed(_request: Request, error: Any) -> Response:
+    headers = {"retry-after": str(RETRY_AFTER_S)}
+    return error_reply(503, f"the object store does not answer: {error}", None, "storage_unavailable", headers)
 
 
 def _validation_failed(_request: Request, error: Any) -> Response:

@@ -23,7 +23,7 @@ def video_object(job: Job) -> dict[str, Any]:
         "progress": job.progress,
         "created_at": int(job.created_at),
         "completed_at": None if job.completed_at is None else int(job.completed_at),
-        "expires_at": None,
+        "expires_at": None if job.expires_at is None else int(job.expires_at),
         "error": error_object(job) if job.error_code is not None else None,
         "prompt": params.prompt,
         "seconds": f"{params.num_frames / params.fps:g}",

@@ -80,6 +80,7 @@ class VideoCreate(Generation):
     )
     num_frames: Whole | None = None
     fps: Whole | None = None
+    webhook_url: str | None = Field(None, description="is sent video.completed, video.failed or video.cancelled")
 
     def to_params(self, card: Card) -> SamplingParams:
         if card.task_type == "T2I":

@@ -8,7 +8,9 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from gateway.catalog import Catalog
+from gateway.delivery import Delivery
 from gateway.jobs.runner import JobRunner
+from gateway.jobs.webhooks import Webhooks
 from runtime.config import Config
 
 
@@ -19,6 +21,8 @@ class Services:
     config: Config
     catalog: Catalog
     runner: JobRunner
+    webhooks: Webhooks
+    delivery: Delivery
 
 
 def services(request: Request) -> Services:

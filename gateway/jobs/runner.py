@@ -14,8 +14,10 @@ import msgspec
 from sqlalchemy.exc import SQLAlchemyError
 
 from gateway.catalog import Catalog, Model
+from gateway.jobs.bucket import StorageFailed
 from gateway.jobs.outputs import Outputs, Recording
 from gateway.jobs.store import Asked, Job, JobStore, Order, Page, Status
+from gateway.jobs.webhooks import Webhooks
 from gateway.mesh import DRAINING, Frames
 from gateway.replies import error_object
 from gateway.stream import EventLog, encode_stills, ending
@@ -55,10 +57,15 @@ class LiveJob:
 class JobRunner:
     """Owns every running job's task, files and events."""
 
-    def __init__(self, catalog: Catalog, store: JobStore, outputs: Outputs) -> None:
+    def __init__(
+        self, catalog: Catalog, store: JobStore, outputs: Outputs, webhooks: Webhooks, keep_s: float = 0.0
+    ) -> None:
+        """`keep_s`: how long a job is kept after its end; 0 is for ever."""
         self._catalog = catalog
         self._store = store
         self.outputs = outputs
+        self._webhooks = webhooks
+        self._keep_s = keep_s
         self._live: dict[str, LiveJob] = {}
 
     async def submit(
@@ -93,12 +100,11 @@ class JobRunner:
 
     async def resume(self) -> None:
         """Take up what an earlier process left unfinished, under the same ids; it runs when the model is loaded."""
-        self.outputs.open()
         for job in await self._store.unfinished():
             final, model = self.outputs.final(job.id), self._catalog.get(job.model)
             # The frames come again from the first one.
             self.outputs.fragments(job.id).unlink(missing_ok=True)
-            if final.exists():
+            if await self._recovered(job, final.name):
                 # The process died between finishing the file and noting it.
                 done = {"progress": 100, "frames_done": job.params.num_frames, "output_file": final.name}
                 await self._end(job, "completed", **done)
@@ -110,6 +116,14 @@ class JobRunner:
             else:
                 again = {"status": "queued", "stage": "queued", "progress": 0, "step": 0, "frames_done": 0}
                 self._start(msgspec.structs.replace(job, **again), model, None)
+
+    async def _recovered(self, job: Job, file_name: str) -> bool:
+        """Whether the job's file was finished before; when in doubt it is made again."""
+        try:
+            return await self.outputs.recover(job.id, file_name)
+        except (StorageFailed, RequestFailed) as error:
+            log.warning("a finished file was not looked for", job=job.id, reason=str(error))
+            return False
 
     async def _forget_elsewhere(self, job: Job) -> None:
         for model in self._catalog:
@@ -143,7 +157,7 @@ class JobRunner:
         """Cancel a job if it runs, then remove it with its files."""
         await self.cancel(job_id, "deleted by the client")
         await self._store.delete(job_id)
-        await asyncio.to_thread(self.outputs.delete, job_id)
+        await self.outputs.delete(job_id)
 
     async def close(self) -> None:
         """Stop every task. Jobs that were running stay unfinished in the store, for `resume()`."""
@@ -216,6 +230,7 @@ class JobRunner:
                             if event.last:
                                 # Going back for the next event tells the mesh that the video is stored.
                                 output_file = await _in_thread(recording.finish)
+                                await self.outputs.keep(job.id, output_file)
                         case Completed():
                             assert output_file, "completed before the last frame was stored"
                             return event.timings, output_file
@@ -283,12 +298,15 @@ class JobRunner:
 
     async def _end(self, job: Job, status: Status, **columns: Any) -> Job:
         """Store how it ended; the job as it is then. If the store has another ending already, that one stands."""
-        columns |= {"status": status, "completed_at": time.time()}
-        changed = await self._store.update(job.id, **columns)
+        now = time.time()
+        expires_at = now + self._keep_s if self._keep_s else None
+        columns |= {"status": status, "completed_at": now, "expires_at": expires_at}
+        changed = await self._store.update(job.id, also=self._webhooks.announcing(job, status), **columns)
+        self._webhooks.wake()
         ended = msgspec.structs.replace(job, eta_s=None, queue_position=None, **columns)
         ended = ended if changed else await self._store.get(job.id) or ended
         if ended.status != "completed":
-            await asyncio.to_thread(self.outputs.delete, job.id)
+            await self.outputs.clear(job.id)
         return ended
 
 

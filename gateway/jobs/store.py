@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence, Set
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -50,6 +50,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     safety_identifier: str | None = None
     remixed_from: str | None = None
     """The video whose parameters were taken over."""
+    webhook_url: str | None = None
+    """Who is told of the job's end."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -77,6 +79,8 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     usage: Usage = Usage()
     """Likewise."""
     output_file: str | None = None
+    expires_at: float | None = None
+    """When it is removed with its files; None: never."""
     idempotency_key: str | None = None
     eta_s: float | None = None
     """Predicted seconds to the last frame; lives in memory only."""
@@ -117,6 +121,7 @@ _table = Table(
     Column("timings", Text, nullable=False),
     Column("usage", Text, nullable=False),
     Column("output_file", Text),
+    Column("expires_at", Float, index=True),
     Column("idempotency_key", String(255), unique=True),
     # A number that came back after a deletion would put a new job on an old page.
     sqlite_autoincrement=True,
@@ -172,10 +177,22 @@ class JobStore:
         found = await self._select(select(_table).where(_columns.id == job_id))
         return found[0] if found else None
 
-    async def update(self, job_id: str, **columns: Any) -> bool:
-        """Change an unfinished job; False, and nothing is changed, if it is finished or unknown."""
+    async def update(self, job_id: str, *, also: Sequence[Executable] = (), **columns: Any) -> bool:
+        """Change an unfinished job; False, and nothing is changed, if it is finished or unknown.
+
+        Args:
+            also: executed in the same transaction if the job is changed.
+        """
         unfinished = (_columns.id == job_id) & _columns.status.in_(UNFINISHED)
-        return await self._changes(update(_table).where(unfinished).values(_encode(columns)))
+        statement = update(_table).where(unfinished).values(_encode(columns))
+
+        def change(connection: Connection) -> bool:
+            changed = connection.execute(statement).rowcount > 0
+            for more in also if changed else ():
+                connection.execute(more)
+            return changed
+
+        return await self.transact(change)
 
     async def list(self, after: str | None = None, limit: int = 20, order: Order = "desc") -> Page:
         """The jobs that follow `after` by the order in which they were accepted."""
@@ -193,6 +210,20 @@ class JobStore:
     async def delete(self, job_id: str) -> bool:
         """False if there is no such job."""
         return await self._changes(delete(_table).where(_columns.id == job_id))
+
+    async def expired(self, moment: float, limit: int) -> Sequence[str]:
+        """Ids of jobs that were to be kept until then at most."""
+        query = select(_columns.id).where(_columns.expires_at <= moment).order_by(_columns.expires_at).limit(limit)
+        return await self.transact(lambda connection: connection.scalars(query).all())
+
+    async def known(self, job_ids: Collection[str]) -> Set[str]:
+        """Those of some ids that are jobs."""
+        query = select(_columns.id).where(_columns.id.in_(job_ids))
+        return await self.transact(lambda connection: set(connection.scalars(query)))
+
+    async def transact(self, work: Callable[[Connection], T]) -> T:
+        """Do something in one transaction, with the tables of others too."""
+        return await self._run(work)
 
     async def _with_key(self, key: str | None) -> Job | None:
         if key is None:

@@ -5,12 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import re
 import secrets
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -31,7 +29,6 @@ from runtime.errors import InvalidInput, RequestFailed
 from runtime.protocol import Request as Generation
 from runtime.sampling import ResolvedParams, check_terms
 
-IMAGE_ID = re.compile(r"image_[0-9a-f]+")
 CLIENT_LEFT = 499
 """For the access log; nobody reads the answer."""
 STATUS = {"out_of_memory": 400, "draining": 503, "gateway_lost": 503}
@@ -66,21 +63,20 @@ async def generate(request: Request, here: Here) -> Response:
     created = int(time.time())
     try:
         pictures = await _unless_client_leaves(request, _make_all(request, model, body, params))
+        answer = await _answer(request, model, body, params, created, pictures or [])
     except RequestFailed as error:
         return _failed(error)
     if pictures is None:
         return Response(status_code=CLIENT_LEFT)
-    return reply(await _answer(request, model, body, params, created, pictures))
+    return reply(answer)
 
 
 @router.get("/{image_id}/content", name="image_content", response_class=FileResponse)
-async def content(image_id: str, request: Request) -> Response:
-    folder = _folder(request)
-    found = sorted(folder.glob(f"{image_id}.*")) if IMAGE_ID.fullmatch(image_id) else []
-    if not found:
+async def content(image_id: str, request: Request, here: Here) -> Response:
+    found = await here.runner.outputs.image(image_id)
+    if found is None:
         raise InvalidInput("image_id", f"there is no image {image_id!r}", code="image_not_found")
-    media_type = f"image/{found[0].suffix.removeprefix('.')}"
-    return FileResponse(found[0], media_type=media_type, filename=found[0].name, content_disposition_type="inline")
+    return await here.delivery.send(found, request)
 
 
 async def _make_all(request: Request, model: Model, body: ImageCreate, params: ResolvedParams) -> list[Picture]:
@@ -151,14 +147,9 @@ async def _entry(request: Request, body: ImageCreate, picture: Picture) -> dict[
     known = {"id": picture.id, "seed": picture.seed, "timings": picture.timings}
     if body.response_format == "b64_json":
         return {"b64_json": (await asyncio.to_thread(base64.b64encode, picture.file)).decode()} | known
-    path = _folder(request) / f"{picture.id}.{body.output_format}"
-    await asyncio.to_thread(_write, path, picture.file)
+    outputs = services(request).runner.outputs
+    await outputs.keep_image(picture.id, f".{body.output_format}", picture.file)
     return {"url": str(request.url_for("image_content", image_id=picture.id))} | known
-
-
-def _write(path: Path, file: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(file)
 
 
 def _failed(error: RequestFailed) -> Response:
@@ -166,10 +157,6 @@ def _failed(error: RequestFailed) -> Response:
     kind = "server_error" if status >= 500 else "invalid_request_error"
     headers = {"retry-after": "5"} if status == 503 else {"x-should-retry": "false"}
     return reply(error_body(error.reason, kind, None, error.code), status, headers)
-
-
-def _folder(request: Request) -> Path:
-    return Path(services(request).config.output_path) / "images"
 
 
 def _new_image_id() -> str:

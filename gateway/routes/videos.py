@@ -14,8 +14,8 @@ from starlette.responses import FileResponse, Response
 
 from gateway.auth import account
 from gateway.body import read_body
-from gateway.jobs.outputs import VIDEO_ID
-from gateway.jobs.runner import JobRunner
+from gateway.jobs.bucket import Stored
+from gateway.jobs.outputs import VIDEO_ID, Outputs
 from gateway.jobs.store import Asked, Job, Order
 from gateway.middleware import request_id
 from gateway.replies import reply, video_object
@@ -54,7 +54,8 @@ async def create(
     model = here.catalog.find(body.model)
     params = resolve(body, model.card, here.config.max_prompt_chars)
     terms = check_terms(body.priority, body.timeout, account(request))
-    asked = Asked(request_id=request_id(request))
+    webhook_url = await here.webhooks.accept(body.webhook_url)
+    asked = Asked(request_id=request_id(request), webhook_url=webhook_url)
     return reply(video_object(await here.runner.submit(model, params, terms, asked, idempotency_key)))
 
 
@@ -78,9 +79,8 @@ async def retrieve(job: Existing) -> Response:
 
 
 @router.get("/{video_id}/content", response_class=FileResponse)
-async def content(job: Existing, here: Here, variant: Literal["video"] = "video") -> Response:
-    path = _finished_file(job, here.runner)
-    return FileResponse(path, media_type="video/mp4", filename=path.name, content_disposition_type="inline")
+async def content(job: Existing, request: Request, here: Here, variant: Literal["video"] = "video") -> Response:
+    return await here.delivery.send(await _finished_file(job, here.runner.outputs), request)
 
 
 @router.get("/{video_id}/events", response_class=EventSourceResponse)
@@ -110,15 +110,15 @@ async def delete(job: Existing, here: Here) -> Response:
     return reply({"id": job.id, "object": "video.deleted", "deleted": True})
 
 
-def _finished_file(job: Job, runner: JobRunner) -> Path:
+async def _finished_file(job: Job, outputs: Outputs) -> Path | Stored:
     if job.status != "completed":
         reason = job.error_message or f"it is {job.status.replace('_', ' ')}"
         code = f"video_{job.status}" if job.finished else "video_not_ready"
         raise InvalidInput("video_id", f"{job.id} has no content: {reason}", code=code)
-    path = runner.outputs.final(job.id)
-    if not path.is_file():
+    found = await outputs.video(job.output_file or outputs.final(job.id).name)
+    if found is None:
         raise InvalidInput("video_id", f"the file of {job.id} was removed", code="video_not_found")
-    return path
+    return found
 
 
 def _poll_after_ms(eta_s: float | None) -> int:

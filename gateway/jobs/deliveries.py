@@ -1,0 +1,122 @@
+"""Webhooks that are owed, in SQL: written in the transaction that ends a job, taken by whoever has time to send them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from sqlalchemy import (
+    Column,
+    Connection,
+    Executable,
+    Float,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    delete,
+    func,
+    insert,
+    select,
+    update,
+)
+
+from gateway.jobs.store import JobStore
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """One event for one receiver."""
+
+    id: str
+    """evt_…, the same in every attempt."""
+    job_id: str
+    event: str
+    """video.completed, video.failed or video.cancelled."""
+    url: str
+    created_at: float
+    """Seconds since the epoch."""
+    attempts: int = 0
+    """Begun so far."""
+
+
+_table = Table(
+    "deliveries",
+    MetaData(),
+    Column("id", String(64), primary_key=True),
+    Column("job_id", String(64), nullable=False),
+    Column("event", String(32), nullable=False),
+    Column("url", Text, nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("attempts", Integer, nullable=False),
+    # Null once it was delivered or given up. While somebody sends it: when another one may.
+    Column("next_at", Float, index=True),
+    Column("delivered_at", Float),
+)
+_columns = _table.c
+
+
+class Deliveries:
+    """The deliveries table behind async methods."""
+
+    def __init__(self, store: JobStore) -> None:
+        self._store = store
+
+    async def open(self) -> None:
+        """Make the table if it is not there."""
+        await self._store.transact(_table.metadata.create_all)
+
+    def owing(self, delivery: Delivery) -> Executable:
+        """The statement that makes a delivery due at once."""
+        values = {name: getattr(delivery, name) for name in _names()}
+        return insert(_table).values(values | {"next_at": delivery.created_at})
+
+    async def take(self, lease_s: float, full: Collection[str]) -> Delivery | None:
+        """The delivery that is due for longest, for this process alone until the lease ends.
+
+        Args:
+            full: URLs that take no more now.
+        """
+        return await self._store.transact(lambda connection: _take(connection, lease_s, full))
+
+    async def next_at(self) -> float | None:
+        """When the next one will be due (seconds since the epoch) that is not due now."""
+        query = select(func.min(_columns.next_at)).where(_columns.next_at > time.time())
+        return await self._store.transact(lambda connection: connection.scalar(query))
+
+    async def postpone(self, delivery: Delivery, next_at: float | None) -> None:
+        """Until a moment, or for good."""
+        await self._set(delivery, next_at=next_at)
+
+    async def delivered(self, delivery: Delivery) -> None:
+        await self._set(delivery, next_at=None, delivered_at=time.time())
+
+    async def prune(self, moment: float) -> None:
+        """Forget what was owed before a moment."""
+        statement = delete(_table).where(_columns.created_at < moment)
+        await self._store.transact(lambda connection: connection.execute(statement))
+
+    async def _set(self, delivery: Delivery, **values: float | None) -> None:
+        statement = update(_table).where(_columns.id == delivery.id).values(values)
+        await self._store.transact(lambda connection: connection.execute(statement))
+
+
+def _take(connection: Connection, lease_s: float, full: Collection[str]) -> Delivery | None:
+    now = time.time()
+    due = select(_table).where(_columns.next_at <= now, _columns.url.not_in(full)).order_by(_columns.next_at)
+    row = connection.execute(due.limit(1)).mappings().first()
+    if row is None:
+        return None
+    attempts = row["attempts"] + 1
+    # Another process may have taken it meanwhile.
+    as_seen = (_columns.id == row["id"]) & (_columns.attempts == row["attempts"])
+    taking = update(_table).where(as_seen).values(next_at=now + lease_s, attempts=attempts)
+    if not connection.execute(taking).rowcount:
+        return None
+    return Delivery(**({name: row[name] for name in _names()} | {"attempts": attempts}))
+
+
+def _names() -> list[str]:
+    return list(Delivery.__dataclass_fields__)
