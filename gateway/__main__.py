@@ -42,8 +42,7 @@ class Server(uvicorn.Server):
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
-        if self.started:
-            print(json.dumps({"url": self._url}), flush=True)
+        print(json.dumps({"url": self._url}), flush=True)
 
 
 class _ToStructlog(logging.Handler):
@@ -87,11 +86,11 @@ async def serve(config: Config, card: Card, scheduler: str, frames: str) -> None
     store = JobStore(URL.create("sqlite", database=str(Path(config.output_path) / "jobs.sqlite3")))
     mesh = Mesh(scheduler, frames, batching_delay_s=config.batching_delay_ms / 1000)
     app = create_app(config, Catalog([Model(config.model_name, card, mesh)]), store)
-    settings = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S)
+    settings = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE_S)
     host = f"[{config.host}]" if ":" in config.host else config.host
-    await Server(settings, f"http://{host}:{listening.getsockname()[1]}").serve([listening])
-    if app.state.start_failed is not None:
-        raise app.state.start_failed
+    # Uvicorn would log why the application did not start, and end as if nothing had happened.
+    async with app.router.lifespan_context(app):
+        await Server(settings, f"http://{host}:{listening.getsockname()[1]}").serve([listening])
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -49,25 +49,21 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
     sweeper = Sweeper(store, outputs, deliveries, keep_s)
 
     @contextlib.asynccontextmanager
-    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
-            with _noting_failure(app):
-                await open_all(stack)
+            await store.open()
+            stack.push_async_callback(store.close)
+            await deliveries.open()
+            await outputs.open()
+            await catalog.start()
+            stack.push_async_callback(catalog.close)
+            await stack.enter_async_context(_running(webhooks.run(), sweeper.run()))
+            await runner.resume()
+            stack.push_async_callback(runner.close)
             yield
 
-    async def open_all(stack: contextlib.AsyncExitStack) -> None:
-        await store.open()
-        stack.push_async_callback(store.close)
-        await deliveries.open()
-        await outputs.open()
-        await catalog.start()
-        stack.push_async_callback(catalog.close)
-        await stack.enter_async_context(_running(webhooks.run(), sweeper.run()))
-        await runner.resume()
-        stack.push_async_callback(runner.close)
-
     app = FastAPI(title="framemesh", lifespan=lifespan)
-    app.state.start_failed = None
+    app.state.sweeper = sweeper
     app.state.services = Services(config, catalog, runner, webhooks, Delivery(outputs, config.output_redirect))
     for routes in (videos, images, models, health):
         app.include_router(routes.router)
@@ -79,16 +75,6 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
     app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
     app.add_middleware(Envelope)
     return app
-
-
-@contextlib.contextmanager
-def _noting_failure(app: FastAPI) -> Iterator[None]:
-    """The server that runs us tells nobody why we did not start: `app.state.start_failed` does."""
-    try:
-        yield
-    except Exception as error:
-        app.state.start_failed = error
-        raise
 
 
 @contextlib.asynccontextmanager

@@ -76,6 +76,8 @@ class Bucket:
         try:
             await obstore.put_async(self._store, probe, b"framemesh")
             await obstore.delete_async(self._store, probe)
+        except FileNotFoundError as error:
+            raise StartFailed(f"output_store: there is no bucket for {self._url}; make it first") from error
         except _errors() as error:
             raise StartFailed(f"output_store: {self._url} cannot be written: {_reason(error)}") from error
 
@@ -223,4 +225,4 @@ def _errors() -> tuple[type[Exception], ...]:
 
 def _reason(error: Exception) -> str:
     """One line; the library's messages are trees."""
-    return " ".join(str(error).split())[:300]
+    return " ".join(str(error).partition("Debug source")[0].split())[:300]

@@ -1,4 +1,7 @@
-"""Webhooks that are owed, in SQL: written in the transaction that ends a job, taken by whoever has time to send them."""
+"""Webhooks that are owed, in SQL: written in the transaction that ends a job, taken by whoever has time to send them.
+
+It knows neither receivers nor what they are sent.
+"""
 
 from __future__ import annotations
 
