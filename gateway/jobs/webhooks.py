@@ -154,7 +154,7 @@ class Webhooks:
 
     async def _deliver(self, delivery: Delivery, http: httpx2.AsyncClient) -> None:
         outcome = await self._post(delivery, http)
-        about = {"event": delivery.id, "job": delivery.job_id, "attempts": delivery.attempts, "outcome": outcome}
+        about = {"webhook": delivery.id, "job": delivery.job_id, "attempts": delivery.attempts, "outcome": outcome}
         try:
             if isinstance(outcome, int) and 200 <= outcome < 300:
                 await self._deliveries.delivered(delivery)
