@@ -41,8 +41,7 @@ NOT_FOUND = {"model_not_found", "video_not_found", "image_not_found"}
 def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
     """The gateway over its models. It owns their meshes and the store: opens them when it starts, closes them at its
     end."""
-    bucket = None if config.output_store is None else Bucket(config.output_store)
-    outputs, deliveries = Outputs(Path(config.output_path), bucket), Deliveries(store)
+    outputs, deliveries = Outputs(Path(config.output_path), _bucket(config)), Deliveries(store)
     webhooks = Webhooks(deliveries, config)
     keep_s = 3600 * config.keep_results_hours
     runner = JobRunner(catalog, store, outputs, webhooks, keep_s)
@@ -75,6 +74,14 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
     app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
     app.add_middleware(Envelope)
     return app
+
+
+def _bucket(config: Config) -> Bucket | None:
+    if config.output_store is not None:
+        return Bucket(config.output_store)
+    if config.output_redirect:
+        raise InvalidInput("output_redirect", "has no effect without output_store; leave it out")
+    return None
 
 
 @contextlib.asynccontextmanager

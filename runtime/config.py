@@ -212,8 +212,6 @@ def _check_outputs(config: Config) -> None:
     if config.output_store is not None and not BUCKET_URL.fullmatch(config.output_store):
         reason = f"{config.output_store!r} is not of the form s3://bucket/prefix; all else is in AWS_* variables"
         raise InvalidInput("output_store", reason)
-    if config.output_redirect and config.output_store is None:
-        raise InvalidInput("output_redirect", "has no effect without output_store; leave it out")
     if not 0 <= config.keep_results_hours < float("inf"):
         raise InvalidInput("keep_results_hours", f"{config.keep_results_hours} is no time; take 0 (for ever) or more")
     if config.webhook_url is not None and not config.webhook_url.startswith(("http://", "https://")):

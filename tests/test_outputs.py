@@ -20,10 +20,13 @@ from moto.server import ThreadedMotoServer
 from PIL import Image
 from served import BODY, eventually, names
 
+from gateway.app import create_app
+from gateway.catalog import Catalog
 from gateway.jobs import bucket as bucket_module
 from gateway.jobs import sweeper as sweeper_module
 from gateway.jobs.bucket import Bucket, StorageFailed, Stored
 from gateway.jobs.outputs import Outputs
+from gateway.jobs.store import JobStore
 from gateway.media.mp4 import read_frames
 from runtime.config import Config, check_config, save_frozen
 from runtime.errors import InvalidInput, StartFailed
@@ -160,7 +163,6 @@ def test_options_that_mean_nothing_are_refused():
         ({"output_store": "s3://"}, "output_store"),
         ({"output_store": "s3://key:secret@bucket/a"}, "output_store"),
         ({"output_store": "https://bucket.s3.amazonaws.com"}, "output_store"),
-        ({"output_redirect": True}, "output_redirect"),
         ({"keep_results_hours": -1.0}, "keep_results_hours"),
         ({"keep_results_hours": float("nan")}, "keep_results_hours"),
     ]:
@@ -168,6 +170,8 @@ def test_options_that_mean_nothing_are_refused():
             check_config(Config(**wrong))
         assert refused.value.field == field
     check_config(Config(output_store=STORE, output_redirect=True, keep_results_hours=0.5))
+    with pytest.raises(InvalidInput, match="no effect without output_store"):
+        create_app(Config(output_redirect=True), Catalog([]), JobStore("sqlite://"))
 
 
 # ---- a bucket ----------------------------------------------------------------------------------------------------
