@@ -81,6 +81,7 @@ class VideoCreate(Generation):
     num_frames: Whole | None = None
     fps: Whole | None = None
     webhook_url: str | None = Field(None, description="is sent video.completed, video.failed or video.cancelled")
+    previews: Whole = Field(0, ge=0, le=20, description="pictures wanted while it is denoised, as `preview` events")
 
     def to_params(self, card: Card) -> SamplingParams:
         if card.task_type == "T2I":

@@ -52,6 +52,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """The video whose parameters were taken over."""
     webhook_url: str | None = None
     """Who is told of the job's end."""
+    previews: int = 0
+    """Pictures of what it will look like that are wanted while it is denoised."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

@@ -55,7 +55,7 @@ async def create(
     params = resolve(body, model.card, here.config.max_prompt_chars)
     terms = check_terms(body.priority, body.timeout, account(request))
     webhook_url = await here.webhooks.accept(body.webhook_url)
-    asked = Asked(request_id=request_id(request), webhook_url=webhook_url)
+    asked = Asked(request_id=request_id(request), webhook_url=webhook_url, previews=body.previews)
     return reply(video_object(await here.runner.submit(model, params, terms, asked, idempotency_key)))
 
 
