@@ -56,6 +56,10 @@ class EventLog:
         self._changed = asyncio.Condition()
         self._stills: dict[int, list[str]] = {}
         self._jpeg_readers = 0
+        self.readers = 0
+        """How many follow it now."""
+        self.frames_told = 0
+        """Frames that events were published of, from the first on without a gap."""
 
     @property
     def wants_stills(self) -> bool:
@@ -67,9 +71,11 @@ class EventLog:
         return bool(self._events) and self._events[-1].is_last
 
     async def publish(self, name: str, data: dict[str, Any], stills: list[str] | None = None) -> None:
-        """Append an event; nothing follows an ending."""
-        if self.ended:
+        """Append an event; nothing follows an ending, and no frame is told of twice."""
+        if self.ended or (name == "frames" and data["first"] < self.frames_told):
             return
+        if name == "frames":
+            self.frames_told = data["first"] + data["count"]
         self._events.append(Event(len(self._events) + 1, name, data))
         if stills is not None:
             self._stills[data["first"]] = stills
@@ -80,15 +86,19 @@ class EventLog:
 
     async def follow(self, after: int = 0) -> AsyncGenerator[Event, None]:
         """Events with a higher id, as they come, up to and with the ending."""
-        while True:
-            async with self._changed:
-                while len(self._events) <= after:
-                    await self._changed.wait()
-            for event in self._events[after:]:
-                yield event
-                if event.is_last:
-                    return
-            after = event.id
+        self.readers += 1
+        try:
+            while True:
+                async with self._changed:
+                    while len(self._events) <= after:
+                        await self._changed.wait()
+                for event in self._events[after:]:
+                    yield event
+                    if event.is_last:
+                        return
+                after = event.id
+        finally:
+            self.readers -= 1
 
     def stills(self, first: int) -> list[str] | None:
         """The JPEGs of the chunk that begins at a frame, if they are still there."""
