@@ -100,7 +100,7 @@ class Config:
     """Port of the HTTP server; 0 takes a free one."""
     output_path: str = "outputs"
     """Folder for results and for the job store."""
-    database_url: str | None = None
+    database_url: str | None = field(default=None, repr=False)
     """PostgreSQL database of the jobs (postgresql://user:password@host/database), which several gateways may share;
     unset: an SQLite file in the output folder, for one gateway."""
     job_lease: float = 15.0

@@ -77,8 +77,8 @@ class Database:
         Raises:
             StartFailed: not a database that we know, or its driver is not installed.
         """
-        self._url = read_url(url)
-        self._engine = _make_engine(self._url)
+        self.url = read_url(url)
+        self._engine = _make_engine(self.url)
         threads = POSTGRES_THREADS if self.shared else 1
         self._threads = ThreadPoolExecutor(threads, "jobs")
         self._closing = threading.Event()
@@ -91,7 +91,7 @@ class Database:
         return self._engine.dialect.name == "postgresql"
 
     def __str__(self) -> str:
-        return self._url.render_as_string(hide_password=True)
+        return self.url.render_as_string(hide_password=True)
 
     def now(self) -> ColumnElement[float]:
         """Seconds since the epoch by the one clock that all gateways share."""
@@ -153,9 +153,9 @@ class Database:
         return error.connection_invalidated or no_server or (state or "").startswith(("08", "57P", "53300"))
 
     def _take_file(self) -> None:
-        if self._url.get_backend_name() != "sqlite" or self._url.database in {None, "", ":memory:"}:
+        if self.url.get_backend_name() != "sqlite" or self.url.database in {None, "", ":memory:"}:
             return
-        path = Path(f"{self._url.database}.lock")
+        path = Path(f"{self.url.database}.lock")
         self._lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -163,7 +163,7 @@ class Database:
             owner = os.pread(self._lock, 20, 0).decode(errors="replace").strip()
             self._let_go()
             raise StartFailed(
-                f"another gateway (process {owner}) uses {self._url.database}; several gateways share jobs over "
+                f"another gateway (process {owner}) uses {self.url.database}; several gateways share jobs over "
                 "PostgreSQL (--database-url), or take another --output-path"
             ) from error
         os.ftruncate(self._lock, 0)
@@ -184,8 +184,8 @@ def read_url(url: str | URL) -> URL:
     """
     try:
         parsed = make_url(url)
-    except ArgumentError as error:
-        raise StartFailed("the database URL is none; take postgresql://user:password@host/database") from error
+    except (ArgumentError, ValueError):
+        raise StartFailed("the database URL is none; take postgresql://user:password@host/database") from None
     if parsed.drivername in {"postgres", "postgresql", "postgresql+psycopg"}:
         return parsed.set(drivername="postgresql+psycopg")
     if parsed.drivername == "sqlite":

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import asyncio
 
-import msgspec
-
 from gateway.jobs.database import StoreUnavailable
 from gateway.jobs.store import Job, JobStore
-from gateway.replies import error_object
+from gateway.replies import error_body
 from gateway.stream import FRAMES_PER_EVENT, EventLog, ending
 from runtime.log import get_logger
 
 POLL_S = 0.5
 PATIENT_POLLS = 20
 """How often nobody may be reading before it ends."""
+
+GONE = error_body("deleted by the client", "invalid_request_error", None, "cancelled")
 
 log = get_logger("jobs")
 
@@ -48,8 +48,7 @@ class Mirror:
     async def _tell(self, job: Job | None) -> None:
         """What is new in the row since the last look."""
         if job is None:
-            gone = {"status": "cancelled", "error_code": "cancelled", "error_message": "deleted by the client"}
-            await self.log.publish("error", {"error": error_object(gone)})
+            await self.log.publish("error", GONE)
         elif job.finished:
             await self._tell_ending(job)
         elif job.stage == "queued":

@@ -198,12 +198,16 @@ class JobRunner:
         page = await self._store.list(after, limit, order, account)
         return Page([self._newest(job) for job in page.jobs], page.has_more)
 
-    def events(self, job: Job) -> EventLog | None:
+    def events(self, job_id: str) -> EventLog | None:
+        """The event log of a job that runs in this process."""
+        live = self._live.get(job_id)
+        return None if live is None else live.log
+
+    def follow(self, job: Job) -> EventLog | None:
         """The event log of an unfinished job, whoever works on it; None if it has ended."""
-        live = self._live.get(job.id)
-        if live is not None:
-            return live.log
-        mirror = self._mirrors.get(job.id)
+        own, mirror = self.events(job.id), self._mirrors.get(job.id)
+        if own is not None:
+            return own
         if mirror is None:
             return None if job.finished else self._reflect(job.id, EventLog())
         mirror.touch()

@@ -112,9 +112,7 @@ class Page:
     has_more: bool
 
 
-METADATA = MetaData(
-    naming_convention={"ix": "ix_%(column_0_label)s", "uq": "uq_%(table_name)s_%(column_0_N_name)s"}
-)
+METADATA = MetaData(naming_convention={"ix": "ix_%(column_0_label)s", "uq": "uq_%(table_name)s_%(column_0_N_name)s"})
 _table = Table(
     "jobs",
     METADATA,
@@ -177,6 +175,11 @@ class JobStore:
     def shared(self) -> bool:
         """Whether other gateways may work on jobs of the same store."""
         return self._database.shared
+
+    @property
+    def url(self) -> URL:
+        """As text it has no password."""
+        return self._database.url
 
     async def open(self) -> None:
         """Make the table, or bring it up to date.
@@ -258,13 +261,15 @@ class JobStore:
         renewed = update(_table).where(self._ours()).values(lease_until=self._lease())
         query = renewed.returning(_columns.id, _columns.cancel_requested)
         rows = await self._database.run(lambda connection: connection.execute(query).all(), patience_s)
-        return {job_id: reason for job_id, reason in rows}
+        return {row.id: row.cancel_requested for row in rows}
 
     async def cancels(self) -> dict[str, str]:
         """Our jobs that somebody wants cancelled: id -> the reason."""
-        query = select(_columns.id, _columns.cancel_requested).where(self._ours(), _columns.cancel_requested.is_not(None))
+        query = select(_columns.id, _columns.cancel_requested).where(
+            self._ours(), _columns.cancel_requested.is_not(None)
+        )
         rows = await self._database.run(lambda connection: connection.execute(query).all())
-        return {job_id: reason for job_id, reason in rows}
+        return {row.id: row.cancel_requested for row in rows}
 
     async def mine(self, job_id: str) -> Job | None:
         """An unfinished job of ours."""

@@ -92,7 +92,7 @@ async def events(
     frames: Literal["jpeg"] | None = None,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> AsyncIterator[ServerSentEvent]:
-    log, read = here.runner.events(job), functools.partial(here.runner.outputs.read, job.id)
+    log, read = here.runner.follow(job), functools.partial(here.runner.outputs.read, job.id)
     with_stills = frames == "jpeg"
     told = tell_live(log, last_event_id, read, with_stills) if log else tell_ended(job, read, with_stills)
     async with contextlib.aclosing(told):
