@@ -83,7 +83,7 @@ async def serve(config: Config, card: Card, scheduler: str, frames: str) -> None
         StartFailed: it did not come up, for a reason that its operator can do something about.
     """
     listening = listen(config.host, config.port)
-    store = JobStore(URL.create("sqlite", database=str(Path(config.output_path) / "jobs.sqlite3")))
+    store = JobStore(store_url(config), lease_s=config.job_lease)
     mesh = Mesh(scheduler, frames, batching_delay_s=config.batching_delay_ms / 1000)
     app = create_app(config, Catalog([Model(config.model_name, card, mesh)]), store)
     settings = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE_S)
@@ -91,6 +91,11 @@ async def serve(config: Config, card: Card, scheduler: str, frames: str) -> None
     # Uvicorn would log why the application did not start, and end as if nothing had happened.
     async with app.router.lifespan_context(app):
         await Server(settings, f"http://{host}:{listening.getsockname()[1]}").serve([listening])
+
+
+def store_url(config: Config) -> str | URL:
+    """Of the database of the jobs; a file in the output folder unless another one is configured."""
+    return config.database_url or URL.create("sqlite", database=str(Path(config.output_path) / "jobs.sqlite3"))
 
 
 def listen(host: str, port: int) -> socket.socket:

@@ -17,6 +17,7 @@ from starlette.responses import Response
 from gateway.catalog import Catalog
 from gateway.delivery import Delivery
 from gateway.jobs.bucket import Bucket, StorageFailed
+from gateway.jobs.database import StoreUnavailable
 from gateway.jobs.deliveries import Deliveries
 from gateway.jobs.outputs import Outputs
 from gateway.jobs.runner import JobRunner
@@ -52,7 +53,6 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
         async with contextlib.AsyncExitStack() as stack:
             await store.open()
             stack.push_async_callback(store.close)
-            await deliveries.open()
             await outputs.open()
             await catalog.start()
             stack.push_async_callback(catalog.close)
@@ -69,6 +69,7 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
     app.add_exception_handler(InvalidInput, _invalid_input)
     app.add_exception_handler(NotReady, _not_ready)
     app.add_exception_handler(StorageFailed, _storage_failed)
+    app.add_exception_handler(StoreUnavailable, _store_unavailable)
     app.add_exception_handler(RequestValidationError, _validation_failed)
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
@@ -108,6 +109,10 @@ def _not_ready(_request: Request, error: Any) -> Response:
 def _storage_failed(_request: Request, error: Any) -> Response:
     headers = {"retry-after": str(RETRY_AFTER_S)}
     return error_reply(503, f"the object store does not answer: {error}", None, "storage_unavailable", headers)
+
+
+def _store_unavailable(_request: Request, error: Any) -> Response:
+    return error_reply(503, str(error), None, "store_unavailable", {"retry-after": str(RETRY_AFTER_S)})
 
 
 def _validation_failed(_request: Request, error: Any) -> Response:

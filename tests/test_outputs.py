@@ -157,7 +157,7 @@ def test_no_name_leaves_the_folder(tmp_path, name):
     assert asyncio.run(outputs.image("../image_00")) is None
 
 
-def test_options_that_mean_nothing_are_refused():
+def test_options_that_mean_nothing_are_refused(tmp_path):
     for wrong, field in [
         ({"output_store": "bucket/prefix"}, "output_store"),
         ({"output_store": "s3://"}, "output_store"),
@@ -171,7 +171,7 @@ def test_options_that_mean_nothing_are_refused():
         assert refused.value.field == field
     check_config(Config(output_store=STORE, output_redirect=True, keep_results_hours=0.5))
     with pytest.raises(InvalidInput, match="no effect without output_store"):
-        create_app(Config(output_redirect=True), Catalog([]), JobStore("sqlite://"))
+        create_app(Config(output_redirect=True), Catalog([]), JobStore(f"sqlite:///{tmp_path}/jobs"))
 
 
 # ---- a bucket ----------------------------------------------------------------------------------------------------

@@ -280,12 +280,11 @@ def test_while_secrets_change_either_of_them_verifies(signing, receiver, tmp_pat
         assert client.webhooks.unwrap(received.body, received.headers).type == "video.completed"
 
 
-def test_two_processes_take_a_delivery_once(tmp_path):
+def test_two_processes_take_a_delivery_once(database_url):
     async def main():
-        store = JobStore(f"sqlite:///{tmp_path}/jobs.sqlite3")
+        store = JobStore(database_url)
         await store.open()
         deliveries = Deliveries(store)
-        await deliveries.open()
         owed = [Delivery(f"evt_{n}", "video_1", "video.failed", "http://a", time.time()) for n in range(5)]
         for delivery in owed:
             statement = deliveries.owing(delivery)

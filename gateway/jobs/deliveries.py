@@ -15,7 +15,6 @@ from sqlalchemy import (
     Executable,
     Float,
     Integer,
-    MetaData,
     String,
     Table,
     Text,
@@ -26,7 +25,7 @@ from sqlalchemy import (
     update,
 )
 
-from gateway.jobs.store import JobStore
+from gateway.jobs.store import METADATA, JobStore
 
 
 @dataclass(frozen=True)
@@ -45,9 +44,9 @@ class Delivery:
     """Begun so far."""
 
 
-_table = Table(
+TABLE = Table(
     "deliveries",
-    MetaData(),
+    METADATA,
     Column("id", String(64), primary_key=True),
     Column("job_id", String(64), nullable=False),
     Column("event", String(32), nullable=False),
@@ -58,23 +57,19 @@ _table = Table(
     Column("next_at", Float, index=True),
     Column("delivered_at", Float),
 )
-_columns = _table.c
+_columns = TABLE.c
 
 
 class Deliveries:
-    """The deliveries table behind async methods."""
+    """The deliveries table behind async methods. Each of them may raise `StoreUnavailable`, having changed nothing."""
 
     def __init__(self, store: JobStore) -> None:
         self._store = store
 
-    async def open(self) -> None:
-        """Make the table if it is not there."""
-        await self._store.transact(_table.metadata.create_all)
-
     def owing(self, delivery: Delivery) -> Executable:
         """The statement that makes a delivery due at once."""
         values = {name: getattr(delivery, name) for name in _names()}
-        return insert(_table).values(values | {"next_at": delivery.created_at})
+        return insert(TABLE).values(values | {"next_at": delivery.created_at})
 
     async def take(self, lease_s: float, full: Collection[str]) -> Delivery | None:
         """The delivery that is due for longest, for this process alone until the lease ends.
@@ -98,27 +93,25 @@ class Deliveries:
 
     async def prune(self, moment: float) -> None:
         """Forget what was owed before a moment."""
-        statement = delete(_table).where(_columns.created_at < moment)
+        statement = delete(TABLE).where(_columns.created_at < moment)
         await self._store.transact(lambda connection: connection.execute(statement))
 
     async def _set(self, delivery: Delivery, **values: float | None) -> None:
-        statement = update(_table).where(_columns.id == delivery.id).values(values)
+        statement = update(TABLE).where(_columns.id == delivery.id).values(values)
         await self._store.transact(lambda connection: connection.execute(statement))
 
 
 def _take(connection: Connection, lease_s: float, full: Collection[str]) -> Delivery | None:
     now = time.time()
-    due = select(_table).where(_columns.next_at <= now, _columns.url.not_in(full)).order_by(_columns.next_at)
-    row = connection.execute(due.limit(1)).mappings().first()
+    due = select(TABLE).where(_columns.next_at <= now, _columns.url.not_in(full)).order_by(_columns.next_at)
+    # Two that look at the same time get different ones.
+    row = connection.execute(due.limit(1).with_for_update(skip_locked=True)).mappings().first()
     if row is None:
         return None
-    attempts = row["attempts"] + 1
-    # Another process may have taken it meanwhile.
-    as_seen = (_columns.id == row["id"]) & (_columns.attempts == row["attempts"])
-    taking = update(_table).where(as_seen).values(next_at=now + lease_s, attempts=attempts)
-    if not connection.execute(taking).rowcount:
-        return None
-    return Delivery(**({name: row[name] for name in _names()} | {"attempts": attempts}))
+    values = {name: row[name] for name in _names()} | {"attempts": row["attempts"] + 1}
+    taking = update(TABLE).where(_columns.id == row["id"]).values(next_at=now + lease_s, attempts=values["attempts"])
+    connection.execute(taking)
+    return Delivery(**values)
 
 
 def _names() -> list[str]:

@@ -9,6 +9,7 @@ import time
 from sqlalchemy.exc import SQLAlchemyError
 
 from gateway.jobs.bucket import StorageFailed
+from gateway.jobs.database import StoreUnavailable
 from gateway.jobs.deliveries import Deliveries
 from gateway.jobs.outputs import OldFile, Outputs
 from gateway.jobs.store import JobStore
@@ -45,7 +46,7 @@ class Sweeper:
         while True:
             try:
                 await self.sweep()
-            except (SQLAlchemyError, StorageFailed, OSError):
+            except (SQLAlchemyError, StoreUnavailable, StorageFailed, OSError):
                 log.exception("could not sweep")
             await asyncio.sleep(SWEEP_EVERY_S)
 

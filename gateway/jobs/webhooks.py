@@ -28,6 +28,7 @@ from sqlalchemy import Executable
 from sqlalchemy.exc import SQLAlchemyError
 from standardwebhooks.webhooks import Webhook
 
+from gateway.jobs.database import StoreUnavailable
 from gateway.jobs.deliveries import Deliveries, Delivery
 from gateway.jobs.store import Job
 from gateway.outbound import check_url, open_client
@@ -130,7 +131,7 @@ class Webhooks:
                     break
                 self._start(delivery, own if delivery.url == self._own_url else strangers)
             next_at = await self._deliveries.next_at()
-        except SQLAlchemyError:
+        except (SQLAlchemyError, StoreUnavailable):
             log.exception("deliveries could not be read")
             return LOOK_EVERY_S
         return LOOK_EVERY_S if next_at is None else max(0.01, min(next_at - time.time(), LOOK_EVERY_S))
@@ -153,7 +154,11 @@ class Webhooks:
         task.add_done_callback(ended)
 
     async def _deliver(self, delivery: Delivery, http: httpx2.AsyncClient) -> None:
-        outcome = await self._post(delivery, http)
+        try:
+            outcome = await self._post(delivery, http)
+        except asyncio.CancelledError:
+            await self._deliveries.postpone(delivery, time.time())  # for whoever comes next
+            raise
         about = {"webhook": delivery.id, "job": delivery.job_id, "attempts": delivery.attempts, "outcome": outcome}
         try:
             if isinstance(outcome, int) and 200 <= outcome < 300:
@@ -163,7 +168,7 @@ class Webhooks:
             next_at = None if outcome == GONE else _next_at(delivery)
             await self._deliveries.postpone(delivery, next_at)
             log.warning("a webhook was not delivered", given_up=next_at is None, **about)
-        except SQLAlchemyError:
+        except (SQLAlchemyError, StoreUnavailable):
             log.exception("the outcome of a webhook was not stored; it is sent again", **about)
 
     async def _post(self, delivery: Delivery, http: httpx2.AsyncClient) -> int | str:
