@@ -28,11 +28,11 @@ HIDDEN = "***"
 def unready_reason(mesh: Mesh) -> str:
     """Why the mesh takes no work now; empty if it does."""
     state = mesh.state
-    if state.draining:
-        return "draining: the server is shutting down and takes no new work"
-    if state.ready and mesh.silent_s > SILENT_S:
+    if state.draining or not state.ready:
+        return state.reason
+    if mesh.silent_s > SILENT_S:
         return f"the scheduler has been silent for {mesh.silent_s:.0f} s"
-    return "" if state.ready else state.reason
+    return ""
 
 
 def readiness(model: Model) -> dict[str, Any]:
