@@ -46,12 +46,14 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
     request_id: str = ""
     """The `x-request-id` of the call that made the job."""
+    traceparent: str = ""
+    """W3C trace context of that call."""
     user: str | None = None
     safety_identifier: str | None = None
     remixed_from: str | None = None
     """The video whose parameters were taken over."""
-    traceparent: str = ""
-    """W3C trace context of that call."""
+    previews: int = 0
+    """Pictures of what it will look like that are wanted while it is denoised."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
