@@ -14,13 +14,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.catalog import Catalog
+from gateway.inputs import Inputs
 from gateway.jobs.outputs import Outputs
 from gateway.jobs.runner import JobRunner
 from gateway.jobs.store import JobStore
 from gateway.mesh import DRAINING
 from gateway.middleware import BodyLimit, Envelope
 from gateway.replies import CODES, error_reply
-from gateway.routes import health, images, models, videos
+from gateway.routes import adapters, health, images, models, videos
 from gateway.services import Services
 from runtime.config import Config
 from runtime.errors import InvalidInput, NotReady
@@ -49,8 +50,9 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
             yield
 
     app = FastAPI(title="framemesh", lifespan=lifespan)
-    app.state.services = Services(config, catalog, runner)
-    for routes in (videos, images, models, health):
+    inputs = Inputs(Path(config.output_path) / "inputs", allow_private=config.allow_private_urls)
+    app.state.services = Services(config, catalog, runner, inputs)
+    for routes in (videos, images, adapters, models, health):
         app.include_router(routes.router)
     app.add_exception_handler(InvalidInput, _invalid_input)
     app.add_exception_handler(NotReady, _not_ready)

@@ -8,6 +8,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from gateway.catalog import Catalog
+from gateway.inputs import Inputs
 from gateway.jobs.runner import JobRunner
 from runtime.config import Config
 
@@ -19,6 +20,7 @@ class Services:
     config: Config
     catalog: Catalog
     runner: JobRunner
+    inputs: Inputs
 
 
 def services(request: Request) -> Services:

@@ -6,6 +6,7 @@ A field is a flag (`--ulysses-degree`), a config-file key (`ulysses_degree`) and
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -97,6 +98,9 @@ class Config:
     """Address that the HTTP server listens on."""
     port: int = 30000
     """Port of the HTTP server; 0 takes a free one."""
+    public_url: str | None = None
+    """How clients reach this server, e.g. https://images.example.org; put before the URLs in answers, which are
+    relative without it."""
     output_path: str = "outputs"
     """Folder for results and for the job store."""
     batching_delay_ms: float = 0.0
@@ -174,6 +178,8 @@ def check_config(config: Config) -> None:
     _check_parallel(config)
     if not 0 <= config.port <= 65535:
         raise InvalidInput("port", f"{config.port} is not a port; take 0 (any free one) to 65535")
+    if config.public_url is not None and not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", config.public_url):
+        raise InvalidInput("public_url", f"{config.public_url!r} is not of the form https://host or https://host/path")
     if not config.vae_config.load_decoder:
         raise InvalidInput("vae_config.load_decoder", "must be true: without the decoder there are no frames")
     if not 1 <= config.max_prompt_chars <= MAX_PROMPT_CHARS:

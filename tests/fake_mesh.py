@@ -36,6 +36,7 @@ from runtime.protocol import (
     SupervisorHello,
     TokenizerExport,
     ToScheduler,
+    Usage,
     Welcome,
 )
 from runtime.sampling import ResolvedParams, preview_steps
@@ -359,7 +360,7 @@ class FakeMesh:
         yield "deliver"
         self.completed.append(request.id)
         timings = {"queued": 0.1, "encode": 0.2, "denoise": 0.5, "decode": 0.2, "total": 1.0}
-        self._tell(gateway, Completed(request.id, timings))
+        self._tell(gateway, Completed(request.id, timings, Usage(0.1, 1.8, request.attempt + 1, 5_000_000)))
 
     def _send_frames(self, gateway: bytes, request: Request, pixels: np.ndarray, first: int) -> None:
         count, height, width, _ = pixels.shape

@@ -85,6 +85,7 @@ class JobRunner:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(model.mesh.wait_model(), MODEL_PATIENCE_S)
         request = await asyncio.to_thread(model.mesh.request, job.id, params, terms, previews=asked.previews)
+        request = msgspec.structs.replace(request, images=asked.images)
         stored = await self._store.insert(job)
         if stored.id == job.id:
             self._start(job, model, request)
@@ -103,6 +104,10 @@ class JobRunner:
                 # The process died between finishing the file and noting it.
                 done = {"progress": 100, "frames_done": job.params.num_frames, "output_file": final.name}
                 await self._end(job, "completed", **done)
+                await self._forget_elsewhere(job)
+            elif job.asked.attached:
+                reason = "the server was restarted while its client waited"
+                await self._end(job, "cancelled", error_code="cancelled", error_message=reason)
                 await self._forget_elsewhere(job)
             elif model is None:
                 reason = f"the server was restarted without the model {job.model}"
@@ -128,6 +133,25 @@ class JobRunner:
         """The event log of a job that runs in this process."""
         live = self._live.get(job_id)
         return None if live is None else live.log
+
+    async def wait(self, job_id: str) -> Job:
+        """The job once it has ended.
+
+        Raises:
+            NotReady: it came too late for the mesh, and waits for the next one.
+        """
+        live = self._live.get(job_id)
+        if live is not None:
+            assert live.task is not None
+            await asyncio.wait([live.task])
+            if not live.task.cancelled() and not live.log.ended:
+                raise NotReady("draining: the server is shutting down and takes no new work", draining=True)
+            # Who cancels the task tells its readers a moment later.
+            async for _event in live.log.follow():
+                pass
+        job = live.job if live is not None else await self._store.get(job_id)
+        assert job is not None, "waited for a job that nobody accepted"
+        return job
 
     async def cancel(self, job_id: str, reason: str) -> None:
         """Stop a job and wait until nothing touches it any more; a finished one stays as it is."""
@@ -207,6 +231,7 @@ class JobRunner:
             request = await asyncio.to_thread(
                 mesh.request, job.id, job.params, job.terms, resumed=True, previews=job.asked.previews
             )
+            request = msgspec.structs.replace(request, images=job.asked.images)
         output_file = ""
         with contextlib.closing(Recording(self.outputs, live.job)) as recording:
             async with contextlib.aclosing(mesh.run(request, resumed=resumed)) as events:
