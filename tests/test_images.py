@@ -252,6 +252,7 @@ def test_a_silent_stream_shows_that_it_lives(gateway, fake, monkeypatch):
 
 @pytest.mark.parametrize("mark", ["queued", "denoise:2"])
 def test_who_leaves_a_stream_cancels(gateway, fake, mark):
+    gateway.http.post(PATH, json=BODY)
     before = gateway.tasks()
     fake.held = {mark}
     body = BODY | {"stream": True, "stream_options": {"include_progress": True}}
@@ -259,8 +260,8 @@ def test_who_leaves_a_stream_cancels(gateway, fake, mark):
         next(parse_events(response.iter_lines()))
         fake.wait_for(mark)
     eventually(lambda: fake.cancelled)
-    assert fake.cancelled == [fake.submitted[0].id]
-    eventually(lambda: gateway.tasks() <= before)
+    assert fake.cancelled == [fake.submitted[1].id]
+    eventually(lambda: len(gateway.tasks()) <= len(before))
 
 
 # ---- refusals ------------------------------------------------------------------------------------------------------
