@@ -211,9 +211,9 @@ def test_progress_is_told_if_it_is_asked_for(gateway):
 
 def test_a_failure_ends_the_stream_as_an_error(client, gateway, fake):
     fake.failures = {"denoise:2": ("out_of_memory", "it did not fit")}
-    with client.images.generate(prompt="a", stream=True) as stream:
-        with pytest.raises(openai.APIError, match="it did not fit") as failed:
-            list(stream)
+    stream = client.images.generate(prompt="a", stream=True)
+    with stream, pytest.raises(openai.APIError, match="it did not fit") as failed:
+        list(stream)
     assert failed.value.code == "out_of_memory"
     ((name, data),) = read_stream(gateway)
     error = {"message": "it did not fit", "type": "invalid_request_error", "param": None, "code": "out_of_memory"}
