@@ -16,6 +16,7 @@ from starlette.responses import Response
 
 from gateway.catalog import Catalog
 from gateway.delivery import Delivery
+from gateway.inputs import Inputs
 from gateway.jobs.bucket import Bucket, StorageFailed
 from gateway.jobs.database import StoreUnavailable
 from gateway.jobs.deliveries import Deliveries
@@ -25,9 +26,10 @@ from gateway.jobs.store import JobStore
 from gateway.jobs.sweeper import Sweeper
 from gateway.jobs.webhooks import Webhooks
 from gateway.mesh import DRAINING
+from gateway.metrics import Metrics, Timing
 from gateway.middleware import BodyLimit, Envelope
 from gateway.replies import CODES, error_reply
-from gateway.routes import health, images, models, videos
+from gateway.routes import adapters, health, images, models, server, videos
 from gateway.services import Services
 from runtime.config import Config
 from runtime.errors import InvalidInput, NotReady
@@ -42,11 +44,13 @@ NOT_FOUND = {"model_not_found", "video_not_found", "image_not_found"}
 def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
     """The gateway over its models. It owns their meshes and the store: opens them when it starts, closes them at its
     end."""
-    outputs, deliveries = Outputs(Path(config.output_path), _bucket(config)), Deliveries(store)
-    webhooks = Webhooks(deliveries, config)
-    keep_s = 3600 * config.keep_results_hours
-    runner = JobRunner(catalog, store, outputs, webhooks, keep_s)
+    metrics, outputs, deliveries = Metrics(), Outputs(Path(config.output_path), _bucket(config)), Deliveries(store)
+    webhooks, keep_s = Webhooks(deliveries, config), 3600 * config.keep_results_hours
+    runner = JobRunner(catalog, store, outputs, metrics, webhooks, keep_s)
     sweeper = Sweeper(store, outputs, deliveries, keep_s)
+    inputs = Inputs(Path(config.output_path) / "inputs", allow_private=config.allow_private_urls)
+    delivery = Delivery(outputs, config.output_redirect)
+    services = Services(config, catalog, runner, webhooks, delivery, inputs, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -59,12 +63,13 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
             await stack.enter_async_context(_running(webhooks.run(), sweeper.run()))
             await runner.resume()
             stack.push_async_callback(runner.close)
+            stack.push_async_callback(services.probe.close)
             yield
 
     app = FastAPI(title="framemesh", lifespan=lifespan)
     app.state.sweeper = sweeper
-    app.state.services = Services(config, catalog, runner, webhooks, Delivery(outputs, config.output_redirect))
-    for routes in (videos, images, models, health):
+    app.state.services = services
+    for routes in (videos, images, adapters, models, health, server):
         app.include_router(routes.router)
     app.add_exception_handler(InvalidInput, _invalid_input)
     app.add_exception_handler(NotReady, _not_ready)
@@ -74,6 +79,7 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
     app.add_middleware(Envelope)
+    app.add_middleware(Timing, metrics=metrics)
     return app
 
 

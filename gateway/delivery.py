@@ -26,8 +26,8 @@ class Delivery:
     redirect: bool
     """Send clients to the bucket."""
 
-    async def send(self, found: Path | Stored, request: Request) -> Response:
-        """The answer to a GET of a file.
+    async def send(self, found: Path | Stored, request: Request, *, may_redirect: bool = True) -> Response:
+        """The answer that is a file, or the part of it that a GET asks for.
 
         Raises:
             StorageFailed: the bucket does not answer.
@@ -35,7 +35,7 @@ class Delivery:
         if isinstance(found, Path):
             media_type = media_type_of(found.name)
             return FileResponse(found, media_type=media_type, filename=found.name, content_disposition_type="inline")
-        if self.redirect:
+        if self.redirect and may_redirect:
             return RedirectResponse(await self.outputs.sign(found, SIGNED_S), 302, {"cache-control": "no-store"})
         return self._pass_on(found, request)
 
@@ -65,7 +65,9 @@ def _wanted(request: Request, found: Stored, headers: dict[str, str]) -> tuple[i
     """
     match = ONE_RANGE.fullmatch(request.headers.get("range", "").replace(" ", ""))
     unless = request.headers.get("if-range")
-    if match is None or match[0] == "bytes=-" or unless not in {None, headers.get("etag"), headers["last-modified"]}:
+    if request.method != "GET" or match is None or match[0] == "bytes=-":
+        return 0, found.size
+    if unless not in {None, headers.get("etag"), headers["last-modified"]}:
         return 0, found.size
     if not match[1]:
         first, end = max(0, found.size - int(match[2])), found.size

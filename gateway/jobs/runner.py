@@ -26,8 +26,11 @@ from gateway.jobs.store import Asked, Job, JobStore, Order, Page, Status, finger
 from gateway.jobs.webhooks import Webhooks
 from gateway.media.stills import preview_still
 from gateway.mesh import DRAINING, Frames, Preview
+from gateway.metrics import Metrics
 from gateway.replies import error_object
 from gateway.stream import EventLog, as_base64, encode_stills, ending
+from gateway.tracing import traced
+from gateway.watch import Watch
 from runtime.errors import InvalidInput, NotReady, RequestFailed
 from runtime.log import get_logger
 from runtime.protocol import Completed, Progress, Request
@@ -72,12 +75,19 @@ class JobRunner:
     """Owns every running job's task, files and events."""
 
     def __init__(
-        self, catalog: Catalog, store: JobStore, outputs: Outputs, webhooks: Webhooks, keep_s: float = 0.0
+        self,
+        catalog: Catalog,
+        store: JobStore,
+        outputs: Outputs,
+        metrics: Metrics,
+        webhooks: Webhooks,
+        keep_s: float = 0.0,
     ) -> None:
         """`keep_s`: how long a job is kept after its end; 0 is for ever."""
         self._catalog = catalog
         self._store = store
         self.outputs = outputs
+        self._metrics = metrics
         self._webhooks = webhooks
         self._keep_s = keep_s
         self._live: dict[str, LiveJob] = {}
@@ -120,6 +130,7 @@ class JobRunner:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(model.mesh.wait_model(), MODEL_PATIENCE_S)
         request = await asyncio.to_thread(model.mesh.request, job.id, params, terms, previews=asked.previews)
+        request = msgspec.structs.replace(request, images=asked.images)
         self._accepting.add(job.id)
         try:
             stored = await self._store.insert(job)
@@ -161,6 +172,9 @@ class JobRunner:
             # The process died between finishing the file and noting it.
             done = {"progress": 100, "frames_done": job.params.num_frames, "output_file": output_file}
             await self._end_unstarted(job, "completed", **done)
+        elif job.asked.attached:
+            reason = "the server was restarted while its client waited"
+            await self._end_unstarted(job, "cancelled", error_code="cancelled", error_message=reason)
         elif model is None:
             reason = f"the server was restarted without the model {job.model}"
             await self._end_unstarted(job, "failed", error_code="model_changed", error_message=reason)
@@ -231,6 +245,25 @@ class JobRunner:
             return None if job.finished else self._reflect(job.id, EventLog())
         mirror.touch()
         return mirror.log
+
+    async def wait(self, job_id: str) -> Job:
+        """The job once it has ended.
+
+        Raises:
+            NotReady: it came too late for the mesh, and waits for the next one.
+        """
+        live = self._live.get(job_id)
+        if live is not None:
+            assert live.task is not None
+            await asyncio.wait([live.task])
+            if not live.task.cancelled() and not live.log.ended:
+                raise NotReady("draining: the server is shutting down and takes no new work", draining=True)
+            # Who cancels the task tells its readers a moment later.
+            async for _event in live.log.follow():
+                pass
+        job = live.job if live is not None else await self._store.get(job_id)
+        assert job is not None, "waited for a job that nobody accepted"
+        return job
 
     async def cancel(self, job_id: str, reason: str) -> None:
         """Stop a job and wait until nothing touches it any more; a finished one stays as it is.
@@ -328,13 +361,13 @@ class JobRunner:
             log.warning("a job waits in the store, or ends there", job=live.job.id, reason=str(error))
             self._leave(live)
         except Exception as error:
-            log.exception("a job failed in the gateway", job=live.job.id)
+            log.exception("a job failed in the gateway", job=live.job.id, trace=live.job.asked.request_id)
             await self._give_up(live, f"the gateway failed: {type(error).__name__}; its log says more")
         self._forget(live)
 
     async def _attempt(self, live: LiveJob, request: Request | None) -> None:
         try:
-            timings, output_file = await self._generate(live, request)
+            done, output_file = await self._watched(live, request)
         except NotReady as error:
             await self._give_back(live, str(error))
         except RequestFailed as error:
@@ -343,7 +376,8 @@ class JobRunner:
             status: Status = "cancelled" if error.code == "cancelled" else "failed"
             await self._end_live(live, status, error_code=error.code, error_message=error.reason)
         else:
-            await self._end_live(live, "completed", progress=100, timings=timings, output_file=output_file)
+            measured = {"timings": done.timings, "usage": done.usage}
+            await self._end_live(live, "completed", progress=100, output_file=output_file, **measured)
 
     async def _give_back(self, live: LiveJob, reason: str) -> NoReturn:
         await self._store.release(live.job.id)
@@ -358,18 +392,24 @@ class JobRunner:
             log.exception("the end of a job was not stored", job=live.job.id)
             await live.log.publish("error", {"error": error_object(msgspec.structs.replace(live.job, **columns))})
 
-    async def _generate(self, live: LiveJob, request: Request | None) -> tuple[dict[str, float], str]:
-        """(seconds per stage, name of the finished file)."""
+    async def _watched(self, live: LiveJob, request: Request | None) -> tuple[Completed, str]:
+        with Watch(self._metrics, live.model.name, live.job.id, live.job.asked.traceparent) as seen:
+            return await self._generate(live, request, seen)
+
+    async def _generate(self, live: LiveJob, request: Request | None, seen: Watch) -> tuple[Completed, str]:
+        """(the mesh's last word, name of the finished file)."""
         resumed, job, mesh = request is None, live.job, live.model.mesh
         if request is None:
             await mesh.wait_model()
             request = await asyncio.to_thread(
                 mesh.request, job.id, job.params, job.terms, resumed=True, previews=job.asked.previews
             )
+            request = msgspec.structs.replace(request, images=job.asked.images)
         output_file = ""
         with contextlib.closing(Recording(self.outputs, live.job)) as recording:
-            async with contextlib.aclosing(mesh.run(request, resumed=resumed)) as events:
+            async with contextlib.aclosing(mesh.run(traced(request, job.asked), resumed=resumed)) as events:
                 async for event in events:
+                    seen(event)
                     match event:
                         case Progress():
                             await self._progressed(live, event)
@@ -380,11 +420,12 @@ class JobRunner:
                             if event.last:
                                 await self._check_ours(live)
                                 # Going back for the next event tells the mesh that the video is stored.
-                                output_file = await _in_thread(recording.finish)
+                                with self._metrics.encoding():
+                                    output_file = await _in_thread(recording.finish)
                                 await self.outputs.keep(job.id, output_file)
                         case Completed():
                             assert output_file, "completed before the last frame was stored"
-                            return event.timings, output_file
+                            return event, output_file
         raise RequestFailed(live.job.id, "internal_error", "the mesh ended without a word")
 
     async def _progressed(self, live: LiveJob, event: Progress) -> None:
@@ -420,7 +461,8 @@ class JobRunner:
     async def _recorded(self, live: LiveJob, frames: Frames, recording: Recording) -> None:
         if not live.job.frames_done:
             await self._enter(live, "decode")
-        await _in_thread(recording.add, frames.pixels, frames.timings)
+        with self._metrics.encoding():
+            await _in_thread(recording.add, frames.pixels, frames.timings)
         stills = await _in_thread(encode_stills, frames.pixels) if live.log.wants_stills else None
         done = frames.first + frames.count
         progress = DENOISE_SHARE + (99 - DENOISE_SHARE) * done // frames.total
@@ -436,6 +478,7 @@ class JobRunner:
     async def _enter(self, live: LiveJob, stage: str) -> None:
         if stage == live.job.stage:
             return
+        log.debug("stage", job=live.job.id, stage=stage, trace=live.job.asked.request_id)
         live.job = msgspec.structs.replace(live.job, stage=stage)
         live.saved_at = 0.0
         if stage != "queued":

@@ -60,12 +60,18 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
     request_id: str = ""
     """The `x-request-id` of the call that made the job."""
+    traceparent: str = ""
+    """W3C trace context of that call."""
     user: str | None = None
     safety_identifier: str | None = None
     remixed_from: str | None = None
     """The video whose parameters were taken over."""
     webhook_url: str | None = None
     """Who is told of the job's end."""
+    images: tuple[str, ...] = ()
+    """Files of the pictures that it starts from."""
+    attached: bool = False
+    """It belongs to the connection that asked for it, and ends with it."""
     previews: int = 0
     """Pictures of what it will look like that are wanted while it is denoised."""
 
