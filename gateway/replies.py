@@ -39,6 +39,7 @@ def video_object(job: Job) -> dict[str, Any]:
         "num_inference_steps": params.num_inference_steps,
         "timings": job.timings,
         "usage": usage_object(job.usage),
+        "finished_reason": _finished_reason(job),
         "eta_s": job.eta_s,
         "queue_position": job.queue_position,
         "stage": job.stage,
@@ -54,6 +55,13 @@ def usage_object(usage: Usage) -> dict[str, Any]:
         "attempts": usage.attempts,
         "peak_memory_mb": round(usage.peak_memory_bytes / 2**20, 1),
     }
+
+
+def _finished_reason(job: Job) -> str | None:
+    """The word that the metrics count it under: completed, cancelled, or the code of its failure."""
+    if not job.finished:
+        return None
+    return job.status if job.status != "failed" else job.error_code or "failed"
 
 
 def total_usage(text_tokens: int, usages: Sequence[Usage]) -> dict[str, Any]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
@@ -10,6 +11,8 @@ from fastapi import Depends, Request
 from gateway.catalog import Catalog
 from gateway.inputs import Inputs
 from gateway.jobs.runner import JobRunner
+from gateway.metrics import Metrics
+from gateway.probe import Probe
 from runtime.config import Config
 
 
@@ -21,6 +24,9 @@ class Services:
     catalog: Catalog
     runner: JobRunner
     inputs: Inputs
+    metrics: Metrics
+    probe: Probe = field(default_factory=Probe)
+    started: float = field(default_factory=time.monotonic)
 
 
 def services(request: Request) -> Services:

@@ -22,6 +22,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 DEMO_MODEL = "demo"
 """The value of `model_path` that means the model shipped inside the package."""
+POSTGRES = ("postgresql://", "postgres://", "postgresql+psycopg://")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +104,11 @@ class Config:
     relative without it."""
     output_path: str = "outputs"
     """Folder for results and for the job store."""
+    database_url: str | None = field(default=None, repr=False)
+    """PostgreSQL database of the jobs (postgresql://user:password@host/database), which several gateways may share;
+    unset: an SQLite file in the output folder, for one gateway."""
+    job_lease: float = 15.0
+    """Seconds after which the jobs of a gateway that died are another one's, where several share a database."""
     batching_delay_ms: float = 0.0
     """How long the gateway collects requests before it sends them on together."""
     batching_max_size: int = 16
@@ -136,6 +142,8 @@ class Config:
     """Folder of CURVE keys (made by `framemesh keygen`), for sockets between hosts; unset: ipc and loopback only."""
     log_level: LogLevel = "info"
     """How much the processes log."""
+    enable_metrics: bool = True
+    """Answer /metrics in Prometheus' text format."""
     trace_path: str | None = None
     """Append the start and end of every work item on every rank to this file (JSON lines)."""
 
@@ -176,10 +184,7 @@ def check_config(config: Config) -> None:
         InvalidInput: names the field.
     """
     _check_parallel(config)
-    if not 0 <= config.port <= 65535:
-        raise InvalidInput("port", f"{config.port} is not a port; take 0 (any free one) to 65535")
-    if config.public_url is not None and not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", config.public_url):
-        raise InvalidInput("public_url", f"{config.public_url!r} is not of the form https://host or https://host/path")
+    _check_gateway(config)
     if not config.vae_config.load_decoder:
         raise InvalidInput("vae_config.load_decoder", "must be true: without the decoder there are no frames")
     if not 1 <= config.max_prompt_chars <= MAX_PROMPT_CHARS:
@@ -213,6 +218,17 @@ def _check_parallel(config: Config) -> None:
         raise InvalidInput("use_fsdp_inference", "dist_backend staged cannot gather sharded weights; take nccl")
 
 
+def _check_gateway(config: Config) -> None:
+    if not 0 <= config.port <= 65535:
+        raise InvalidInput("port", f"{config.port} is not a port; take 0 (any free one) to 65535")
+    if config.public_url is not None and not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", config.public_url):
+        raise InvalidInput("public_url", f"{config.public_url!r} is not of the form https://host or https://host/path")
+    if config.database_url is not None and not config.database_url.startswith(POSTGRES):
+        raise InvalidInput("database_url", "is not of the form postgresql://user:password@host/database")
+    if config.job_lease < 1:
+        raise InvalidInput("job_lease", f"{config.job_lease:g} s are too few; take 1 or more")
+
+
 def fit_layout(config: Config, card: Heads, branches: int) -> Config:
     """The configuration with the layout that suits the model, now that it is known.
 
@@ -237,7 +253,9 @@ def fit_layout(config: Config, card: Heads, branches: int) -> Config:
 
 
 def save_frozen(config: Config, path: Path) -> None:
-    """Write the resolved configuration for the children of a launcher."""
+    """Write the resolved configuration for the children of a launcher; nobody else reads it, it may hold a password."""
+    path.touch(mode=0o600)
+    path.chmod(0o600)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(config)))
 
 

@@ -25,6 +25,7 @@ from gateway.replies import error_reply, failure_reply, reply, video_object
 from gateway.schema import VideoCreate, VideoRemix, resolve
 from gateway.services import Here, Services
 from gateway.stream import tell_ended, tell_live
+from gateway.tracing import traceparent
 from runtime.errors import InvalidInput
 from runtime.sampling import check_terms
 
@@ -121,12 +122,13 @@ async def events(
     frames: Literal["jpeg"] | None = None,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> AsyncIterator[ServerSentEvent]:
-    log, read = here.runner.events(job.id), functools.partial(here.runner.outputs.read, job.id)
+    log, read = here.runner.follow(job), functools.partial(here.runner.outputs.read, job.id)
     with_stills = frames == "jpeg"
     told = tell_live(log, last_event_id, read, with_stills) if log else tell_ended(job, read, with_stills)
-    async with contextlib.aclosing(told):
-        async for event in told:
-            yield event
+    with here.metrics.reading_events():
+        async with contextlib.aclosing(told):
+            async for event in told:
+                yield event
 
 
 @router.post("/{video_id}/remix", openapi_extra=_documented(VideoRemix))
@@ -163,13 +165,15 @@ async def _submit(request: Request, here: Services, body: VideoCreate, idempoten
     terms = check_terms(body.priority, body.timeout, account(request))
     asked = Asked(
         request_id=request_id(request),
+        traceparent=traceparent(request),
         previews=body.previews,
         user=body.user,
         safety_identifier=body.safety_identifier,
         images=kept.images,
     )
     asked = msgspec.structs.replace(asked, **more)
-    return await here.runner.submit(model, params, terms, asked, idempotency_key)
+    drawn_seed = body.seed is None
+    return await here.runner.submit(model, params, terms, asked, idempotency_key, drawn_seed=drawn_seed)
 
 
 def _no_video_input() -> Response:
