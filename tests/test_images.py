@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import io
 import json
@@ -14,6 +15,8 @@ import pytest
 from fake_mesh import moving_frames, preview_brightness
 from PIL import Image
 from served import eventually, parse_events
+
+from gateway.connection import event_stream
 
 PATH = "/v1/images/generations"
 BODY = {"prompt": "a red square", "num_inference_steps": 4}
@@ -228,6 +231,23 @@ def test_an_error_of_ours_ends_the_stream_as_one(gateway, fake, monkeypatch):
     ((name, data),) = read_stream(gateway)
     assert (name, data["error"]["code"]) == ("error", "internal_error")
     assert "secret" not in str(data)
+
+
+def test_the_mesh_does_not_wait_for_a_client_that_does_not_read():
+    ended = asyncio.Event()
+
+    async def events():
+        for number in range(100):
+            yield "event", {"number": number}
+        ended.set()
+
+    async def main():
+        body = event_stream(events()).body_iterator
+        assert await anext(body) == b'event: event\ndata: {"number":0}\n\n'
+        await asyncio.wait_for(ended.wait(), 10)
+        assert len([part async for part in body]) == 99
+
+    asyncio.run(main())
 
 
 def test_what_can_be_refused_at_once_is_no_stream(gateway, fake):

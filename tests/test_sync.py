@@ -235,6 +235,15 @@ def test_a_source_may_still_wait_or_have_lost_its_file(gateway, fake):
     assert remix(gateway, source, prompt="c").json()["remixed_from_video_id"] == source
 
 
+def test_a_remix_is_made_once_under_one_key(gateway, fake):
+    source = gateway.create()
+    path, headers = f"/v1/videos/{source}/remix", {"idempotency-key": "k"}
+    ids = {gateway.http.post(path, json={"prompt": "b"}, headers=headers).json()["id"] for _ in range(2)}
+    assert len(ids) == 1
+    gateway.wait(*ids)
+    assert len(fake.submitted) == 2
+
+
 def test_remixes_that_cannot_be(gateway, fake, start):
     source = gateway.create()
     gateway.wait(source)
