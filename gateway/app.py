@@ -47,8 +47,8 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
     metrics, outputs, deliveries = Metrics(), Outputs(Path(config.output_path), _bucket(config)), Deliveries(store)
     webhooks, keep_s = Webhooks(deliveries, config), 3600 * config.keep_results_hours
     runner = JobRunner(catalog, store, outputs, metrics, webhooks, keep_s)
-    sweeper = Sweeper(store, outputs, deliveries, keep_s)
     inputs = Inputs(Path(config.output_path) / "inputs", allow_private=config.allow_private_urls)
+    sweeper = Sweeper(store, outputs, inputs, deliveries, keep_s)
     delivery = Delivery(outputs, config.output_redirect)
     services = Services(config, catalog, runner, webhooks, delivery, inputs, metrics)
 

@@ -432,7 +432,11 @@ def test_what_nobody_refers_to_is_swept_and_nothing_else(start, fake, sweeping):
         write(images / "image_aa.png", age_h=3),
         write(images / "holiday.png", age_h=100),
     ]
+    inputs = gateway.videos.parent / "inputs" / "ab"
+    inputs.mkdir(parents=True)
+    kept.append(write(inputs / "ab1.png", age_h=28))
     gone = [
+        write(inputs / "ab2.png", age_h=30),
         write(gateway.videos / "video_ba.fragments.mp4", age_h=2),
         write(gateway.videos / "video_bb.thumbnail.webp", age_h=2),
         write(gateway.videos / "video_bc.mp4", age_h=6),

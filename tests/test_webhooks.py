@@ -194,6 +194,7 @@ def test_every_job_is_told_to_the_operator_too(signing, receiver):
     gateway = signing(webhook_url=f"{receiver.url}/own", allow_private_urls=False)
     plain = gateway.create(num_frames=1)
     gateway.wait(plain)
+    assert f"{receiver.url}/own" not in gateway.http.get("/server_info").raise_for_status().text
     eventually(lambda: [event["data"]["id"] for event in events(receiver)] == [plain])
     refused = gateway.http.post("/v1/videos", json=BODY | {"webhook_url": f"{receiver.url}/hook"})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "webhook_url")

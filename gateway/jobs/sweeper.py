@@ -8,6 +8,7 @@ import time
 
 from sqlalchemy.exc import SQLAlchemyError
 
+from gateway.inputs import Inputs
 from gateway.jobs.bucket import StorageFailed
 from gateway.jobs.database import StoreUnavailable
 from gateway.jobs.deliveries import Deliveries
@@ -20,6 +21,8 @@ LIST_EVERY_S = 600.0
 """Listing a bucket costs requests, and a folder may be large."""
 ORPHAN_S = 3600.0
 """Younger files may belong to a job whose row is being written, and copies may still be read."""
+LONGEST_JOB_S = 24 * 3600.0
+"""From acceptance to end; a job's own pictures have to outlast it."""
 DELIVERIES_S = 2 * 24 * 3600.0
 """Twice as long as anybody tries."""
 BATCH = 200
@@ -34,9 +37,12 @@ class Sweeper:
         keep_s: how long results are kept; 0 is for ever.
     """
 
-    def __init__(self, store: JobStore, outputs: Outputs, deliveries: Deliveries, keep_s: float) -> None:
+    def __init__(
+        self, store: JobStore, outputs: Outputs, inputs: Inputs, deliveries: Deliveries, keep_s: float
+    ) -> None:
         self._store = store
         self._outputs = outputs
+        self._inputs = inputs
         self._deliveries = deliveries
         self._keep_s = keep_s or math.inf
         self._listed_at = -math.inf
@@ -61,6 +67,7 @@ class Sweeper:
         if everything or time.monotonic() - self._listed_at > LIST_EVERY_S:
             self._listed_at = time.monotonic()
             await self._drop_images()
+            await self._inputs.drop_unused(time.time() - self._keep_s - LONGEST_JOB_S)
             await self._drop_orphans()
             await self._outputs.trim_cache(time.time() - ORPHAN_S)
             await self._deliveries.prune(time.time() - DELIVERIES_S)
