@@ -167,12 +167,19 @@ class JobRunner:
             await self._end(job, status, **columns)
         await self._forget_elsewhere(job.id)
 
-    def lose(self, job_id: str) -> None:
+    async def lose(self, job_id: str) -> None:
         live = self._live.get(job_id)
-        if live is not None:
-            assert live.task is not None
+        if live is not None and live.task is not None:
             live.task.cancel()
+            await asyncio.wait([live.task])
             self._leave(live)
+
+    async def tidy(self, job_id: str) -> Job | None:
+        """The job's row, if there is one."""
+        row = await self._store.get(job_id)
+        if row is None or row.status in {"cancelled", "failed"}:
+            await asyncio.to_thread(self.outputs.delete, job_id)
+        return row
 
     def _leave(self, live: LiveJob) -> None:
         """It goes on without us, or not at all; who follows it here hears of that from the store."""
@@ -441,9 +448,7 @@ class JobRunner:
 
     async def _lost(self, job_id: str) -> NoReturn:
         """Raises Lost; the files of a job that nobody wants any more go first."""
-        row = await self._store.get(job_id)
-        if row is None or row.status in {"cancelled", "failed"}:
-            await asyncio.to_thread(self.outputs.delete, job_id)
+        row = await self.tidy(job_id)
         state = "was deleted" if row is None else f"is {row.status}" if row.finished else "is another gateway's"
         raise Lost(f"it {state}")
 
