@@ -102,7 +102,11 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listening = socket.create_server((host, port), family=family, backlog=2048)
+        # asyncio sees to it only for sockets that were made with a protocol's number, which these are not: an answer's
+        # body would wait for the acknowledgement of its head, 40 ms.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listening
     except OSError as error:
         raise StartFailed(
             f"cannot listen on {host}:{port}: {os.strerror(error.errno) if error.errno else error}"

@@ -19,9 +19,10 @@ from gateway.jobs.outputs import Outputs
 from gateway.jobs.runner import JobRunner
 from gateway.jobs.store import JobStore
 from gateway.mesh import DRAINING
+from gateway.metrics import Metrics, Timing
 from gateway.middleware import BodyLimit, Envelope
 from gateway.replies import CODES, error_reply
-from gateway.routes import health, images, models, videos
+from gateway.routes import health, images, models, server, videos
 from gateway.services import Services
 from runtime.config import Config
 from runtime.errors import InvalidInput, NotReady
@@ -36,7 +37,9 @@ NOT_FOUND = {"model_not_found", "video_not_found", "image_not_found"}
 def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
     """The gateway over its models. It owns their meshes and the store: opens them when it starts, closes them at its
     end."""
-    runner = JobRunner(catalog, store, Outputs(Path(config.output_path)))
+    metrics = Metrics()
+    runner = JobRunner(catalog, store, Outputs(Path(config.output_path)), metrics)
+    services = Services(config, catalog, runner, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -47,11 +50,12 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
             stack.push_async_callback(catalog.close)
             await runner.resume()
             stack.push_async_callback(runner.close)
+            stack.push_async_callback(services.probe.close)
             yield
 
     app = FastAPI(title="framemesh", lifespan=lifespan)
-    app.state.services = Services(config, catalog, runner)
-    for routes in (videos, images, models, health):
+    app.state.services = services
+    for routes in (videos, images, models, health, server):
         app.include_router(routes.router)
     app.add_exception_handler(InvalidInput, _invalid_input)
     app.add_exception_handler(NotReady, _not_ready)
@@ -60,6 +64,7 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
     app.add_middleware(Envelope)
+    app.add_middleware(Timing, metrics=metrics)
     return app
 
 

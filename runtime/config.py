@@ -138,6 +138,8 @@ class Config:
     """Folder of CURVE keys (made by `framemesh keygen`), for sockets between hosts; unset: ipc and loopback only."""
     log_level: LogLevel = "info"
     """How much the processes log."""
+    enable_metrics: bool = True
+    """Answer /metrics in Prometheus' text format."""
     trace_path: str | None = None
     """Append the start and end of every work item on every rank to this file (JSON lines)."""
 

@@ -27,15 +27,22 @@ from runtime.protocol import (
     FromScheduler,
     GatewayHello,
     Grant,
+    JobStatus,
     MeshState,
     ModelInfo,
+    Observe,
     Progress,
+    RankStatus,
     Request,
+    Status,
+    StepTime,
     Stored,
     Submit,
     SupervisorHello,
     TokenizerExport,
     ToScheduler,
+    Totals,
+    Usage,
     Welcome,
 )
 from runtime.sampling import ResolvedParams, preview_steps
@@ -45,7 +52,7 @@ MODEL_FOLDER = Path(__file__).parent.parent / "workers" / "demo" / "model"
 EPOCH = 4711
 BEAT_S = 1.0
 """Every gateway is written to at least so often."""
-HELLOS = GatewayHello | SupervisorHello
+HELLOS = GatewayHello | SupervisorHello | Observe
 
 
 def demo_model() -> ModelInfo:
@@ -116,6 +123,12 @@ class FakeMesh:
     stale: int = 0
     draining: bool = False
     gave_up: str = ""
+    looks: int = 0
+    """How often somebody asked how things stand."""
+    blind: bool = False
+    """Nobody is told."""
+    totals: Totals = field(default_factory=Totals)
+    """What it says that it did."""
     hellos: list[int] = field(default_factory=list)
     """The epoch in which each gateway's hello came."""
 
@@ -275,6 +288,8 @@ class FakeMesh:
                     self._take(request, sender)
             case Drain():
                 self._drain()
+            case Observe():
+                self._answer(sender)
             case Cancel():
                 self.cancelled.append(message.request_id)
                 running = self._running.get(message.request_id)
@@ -289,6 +304,12 @@ class FakeMesh:
             case Grant():
                 self._credits[sender] = self._credits.get(sender, 0) + message.credits
                 self.most_credits = max(self.most_credits, self.credits)
+
+    def _answer(self, observer: bytes) -> None:
+        self.looks += 1
+        if not self.blind:
+            self._tell(observer, Welcome(self.epoch))
+            self._tell(observer, self.status())
 
     def _take(self, request: Request, gateway: bytes) -> None:
         """A request that runs already goes on for the gateway that asks for it now."""
@@ -317,6 +338,34 @@ class FakeMesh:
         if not self.ready:
             return MeshState(False, "the workers are starting", 1, 2)
         return MeshState(True, "ready", 2, 2, self.model)
+
+    def status(self) -> Status:
+        """Two ranks that do nothing, whatever runs."""
+        state = self._state()
+        return Status(
+            epoch=self.epoch,
+            ready=state.ready,
+            reason=state.reason,
+            layout=self.model.layout,
+            policy="srpt",
+            model=self.model.name,
+            losses=3,
+            ranks=tuple(
+                RankStatus(rank, "here", 100 + rank, self.ready, 0.1, "idle", (), 0.0, 0.0, 10, 100, 1000)
+                for rank in range(2)
+            ),
+            jobs=tuple(
+                JobStatus(one.request.id, one.request.key, one.mark.partition(":")[0], 0, 4, 1.0, 0.0, 1.0)
+                for one in self._running.values()
+            ),
+            queued={},
+            step_times=(StepTime("denoise", 2, 5, 0.1, 0.2),),
+            cost_error=0.25,
+            stale=self.stale,
+            dropped=0,
+            draining=self.draining,
+            totals=self.totals,
+        )
 
     def _may_go_on(self, running: _Running) -> bool:
         return running.mark not in self.held and (running.mark != "deliver" or running.stored)
@@ -366,7 +415,7 @@ class FakeMesh:
         yield "deliver"
         self.completed.append(request.id)
         timings = {"queued": 0.1, "encode": 0.2, "denoise": 0.5, "decode": 0.2, "total": 1.0}
-        self._tell(gateway, Completed(request.id, timings))
+        self._tell(gateway, Completed(request.id, timings, Usage(0.1, 1.8, request.attempt + 1, 5_000_000)))
 
     def _send_frames(self, gateway: bytes, request: Request, pixels: np.ndarray, first: int) -> None:
         count, height, width, _ = pixels.shape

@@ -9,6 +9,7 @@ import io
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -573,7 +574,7 @@ def test_after_a_restart_unfinished_jobs_run_again_under_the_same_id(start, fake
     first.wait(done_before)
     ids = [first.create(seed=number) for number in range(2)]
     fake.wait_for("decode:2")
-    assert (first.videos / f"{ids[0]}.fragments.mp4").exists()
+    eventually((first.videos / f"{ids[0]}.fragments.mp4").exists)
     first.close()
     fake.release()
     submitted = len(fake.submitted)
@@ -786,3 +787,10 @@ def test_an_address_that_is_taken_is_said_in_one_line():
         port = taken.getsockname()[1]
         with pytest.raises(StartFailed, match=rf"^cannot listen on 127.0.0.1:{port}: Address already in use$"):
             listen("127.0.0.1", port)
+
+
+def test_an_answers_body_does_not_wait_for_the_acknowledgement_of_its_head():
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

@@ -24,8 +24,11 @@ from gateway.jobs.outputs import Outputs, Recording
 from gateway.jobs.store import Asked, Job, JobStore, Order, Page, Status, fingerprint
 from gateway.media.stills import preview_still
 from gateway.mesh import DRAINING, Frames, Preview
+from gateway.metrics import Metrics
 from gateway.replies import error_object
 from gateway.stream import EventLog, as_base64, encode_stills, ending
+from gateway.tracing import traced
+from gateway.watch import Watch
 from runtime.errors import InvalidInput, NotReady, RequestFailed
 from runtime.log import get_logger
 from runtime.protocol import Completed, Progress, Request
@@ -69,10 +72,11 @@ class LiveJob:
 class JobRunner:
     """Owns every running job's task, files and events."""
 
-    def __init__(self, catalog: Catalog, store: JobStore, outputs: Outputs) -> None:
+    def __init__(self, catalog: Catalog, store: JobStore, outputs: Outputs, metrics: Metrics) -> None:
         self._catalog = catalog
         self._store = store
         self.outputs = outputs
+        self._metrics = metrics
         self._live: dict[str, LiveJob] = {}
         self._accepting: set[str] = set()
         self._mirrors: dict[str, Mirror] = {}
@@ -314,13 +318,13 @@ class JobRunner:
             log.warning("a job waits in the store, or ends there", job=live.job.id, reason=str(error))
             self._leave(live)
         except Exception as error:
-            log.exception("a job failed in the gateway", job=live.job.id)
+            log.exception("a job failed in the gateway", job=live.job.id, trace=live.job.asked.request_id)
             await self._give_up(live, f"the gateway failed: {type(error).__name__}; its log says more")
         self._forget(live)
 
     async def _attempt(self, live: LiveJob, request: Request | None) -> None:
         try:
-            timings, output_file = await self._generate(live, request)
+            done, output_file = await self._watched(live, request)
         except NotReady as error:
             await self._give_back(live, str(error))
         except RequestFailed as error:
@@ -329,7 +333,8 @@ class JobRunner:
             status: Status = "cancelled" if error.code == "cancelled" else "failed"
             await self._end_live(live, status, error_code=error.code, error_message=error.reason)
         else:
-            await self._end_live(live, "completed", progress=100, timings=timings, output_file=output_file)
+            measured = {"timings": done.timings, "usage": done.usage}
+            await self._end_live(live, "completed", progress=100, output_file=output_file, **measured)
 
     async def _give_back(self, live: LiveJob, reason: str) -> NoReturn:
         await self._store.release(live.job.id)
@@ -344,8 +349,12 @@ class JobRunner:
             log.exception("the end of a job was not stored", job=live.job.id)
             await live.log.publish("error", {"error": error_object(msgspec.structs.replace(live.job, **columns))})
 
-    async def _generate(self, live: LiveJob, request: Request | None) -> tuple[dict[str, float], str]:
-        """(seconds per stage, name of the finished file)."""
+    async def _watched(self, live: LiveJob, request: Request | None) -> tuple[Completed, str]:
+        with Watch(self._metrics, live.model.name, live.job.id, live.job.asked.traceparent) as seen:
+            return await self._generate(live, request, seen)
+
+    async def _generate(self, live: LiveJob, request: Request | None, seen: Watch) -> tuple[Completed, str]:
+        """(the mesh's last word, name of the finished file)."""
         resumed, job, mesh = request is None, live.job, live.model.mesh
         if request is None:
             await mesh.wait_model()
@@ -354,8 +363,9 @@ class JobRunner:
             )
         output_file = ""
         with contextlib.closing(Recording(self.outputs, live.job)) as recording:
-            async with contextlib.aclosing(mesh.run(request, resumed=resumed)) as events:
+            async with contextlib.aclosing(mesh.run(traced(request, job.asked), resumed=resumed)) as events:
                 async for event in events:
+                    seen(event)
                     match event:
                         case Progress():
                             await self._progressed(live, event)
@@ -366,10 +376,11 @@ class JobRunner:
                             if event.last:
                                 await self._check_ours(live)
                                 # Going back for the next event tells the mesh that the video is stored.
-                                output_file = await _in_thread(recording.finish)
+                                with self._metrics.encoding():
+                                    output_file = await _in_thread(recording.finish)
                         case Completed():
                             assert output_file, "completed before the last frame was stored"
-                            return event.timings, output_file
+                            return event, output_file
         raise RequestFailed(live.job.id, "internal_error", "the mesh ended without a word")
 
     async def _progressed(self, live: LiveJob, event: Progress) -> None:
@@ -405,7 +416,8 @@ class JobRunner:
     async def _recorded(self, live: LiveJob, frames: Frames, recording: Recording) -> None:
         if not live.job.frames_done:
             await self._enter(live, "decode")
-        await _in_thread(recording.add, frames.pixels, frames.timings)
+        with self._metrics.encoding():
+            await _in_thread(recording.add, frames.pixels, frames.timings)
         stills = await _in_thread(encode_stills, frames.pixels) if live.log.wants_stills else None
         done = frames.first + frames.count
         progress = DENOISE_SHARE + (99 - DENOISE_SHARE) * done // frames.total
@@ -421,6 +433,7 @@ class JobRunner:
     async def _enter(self, live: LiveJob, stage: str) -> None:
         if stage == live.job.stage:
             return
+        log.debug("stage", job=live.job.id, stage=stage, trace=live.job.asked.request_id)
         live.job = msgspec.structs.replace(live.job, stage=stage)
         live.saved_at = 0.0
         if stage != "queued":

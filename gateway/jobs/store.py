@@ -57,6 +57,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
 
     request_id: str = ""
     """The `x-request-id` of the call that made the job."""
+    traceparent: str = ""
+    """W3C trace context of that call."""
     user: str | None = None
     safety_identifier: str | None = None
     remixed_from: str | None = None
