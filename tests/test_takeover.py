@@ -277,6 +277,15 @@ def test_an_ending_that_could_not_be_stored_is_stored_later(start, fake, monkeyp
     assert len(fake.submitted) == 1, "the video was there already"
 
 
+def test_the_password_of_the_database_is_shown_to_nobody(pair, logs):
+    gateway, _ = pair
+    gateway.wait(gateway.create())
+    answer = gateway.http.get("/server_info")
+    assert answer.json()["config"]["database_url"].startswith("postgresql://")
+    assert PASSWORD not in answer.text
+    assert PASSWORD not in str(logs)
+
+
 def test_without_a_database_the_answer_is_503(gateway, monkeypatch):
     async def get(store, *args):
         raise StoreUnavailable("the database is not reachable: no route to host")

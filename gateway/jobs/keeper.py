@@ -72,7 +72,7 @@ class Keeper:
                     await self._renew()
                     await self.claim()
                 elif self._hands.working_on():
-                    await self._cancel(await self._store.cancels())
+                    await self._cancel(await self._store.cancels(self._tick_s))
             except (FramemeshError, SQLAlchemyError, OSError) as error:
                 log.warning("the leases of the jobs could not be looked after", error=str(error))
 

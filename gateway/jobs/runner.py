@@ -368,6 +368,8 @@ class JobRunner:
         columns = {"error_code": "internal_error", "error_message": reason}
         try:
             await self._end_live(live, "failed", **columns)
+        except (Lost, StoreUnavailable):
+            self._leave(live)
         except SQLAlchemyError:
             log.exception("the end of a job was not stored", job=live.job.id)
             await live.log.publish("error", {"error": error_object(msgspec.structs.replace(live.job, **columns))})
