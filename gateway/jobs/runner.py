@@ -67,6 +67,8 @@ class LiveJob:
     task: asyncio.Task[None] | None = None
     log: EventLog = field(default_factory=EventLog)
     saved_at: float = 0.0
+    too_late: bool = False
+    """The mesh was draining when it came."""
 
 
 class JobRunner:
@@ -229,21 +231,26 @@ class JobRunner:
         return mirror.log
 
     async def wait(self, job_id: str) -> Job:
-        """The job once it has ended.
+        """The job once it has ended, wherever that is.
 
         Raises:
             NotReady: it came too late for the mesh, and waits for the next one.
         """
         live = self._live.get(job_id)
-        if live is not None:
-            assert live.task is not None
+        if live is not None and live.task is not None:
             await asyncio.wait([live.task])
-            if not live.task.cancelled() and not live.log.ended:
+            if live.too_late:
                 raise NotReady("draining: the server is shutting down and takes no new work", draining=True)
-            # Who cancels the task tells its readers a moment later.
-            async for _event in live.log.follow():
+        job = await self._known(job_id, live)
+        events = self.follow(job) if live is None else live.log
+        if events is not None:
+            # Who ends a job without its task tells its readers a moment later.
+            async for _event in events.follow():
                 pass
-        job = live.job if live is not None else await self._store.get(job_id)
+        return await self._known(job_id, live)
+
+    async def _known(self, job_id: str, live: LiveJob | None) -> Job:
+        job = live.job if live is not None and live.job.finished else await self._store.get(job_id)
         assert job is not None, "waited for a job that nobody accepted"
         return job
 
@@ -360,6 +367,7 @@ class JobRunner:
             await self._end_live(live, "completed", progress=100, output_file=output_file, **measured)
 
     async def _give_back(self, live: LiveJob, reason: str) -> NoReturn:
+        live.too_late = True
         await self._store.release(live.job.id)
         raise TooLate(reason)
 
