@@ -10,13 +10,19 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from gateway.catalog import Model
 from gateway.inputs import Kept
 from gateway.jobs.runner import MODEL_PATIENCE_S
+from gateway.jobs.store import Asked
 from gateway.media.metadata import generation_metadata
 from gateway.media.stills import FULL_QUALITY, StillFormat, resize, still
 from gateway.mesh import Frames, Preview
+from gateway.metrics import Metrics
+from gateway.tracing import traced
+from gateway.watch import Watch
 from runtime.errors import InvalidInput
 from runtime.protocol import Completed, Progress, Request, Usage
 from runtime.sampling import ResolvedParams, Terms
@@ -29,6 +35,9 @@ class Commission:
     model: Model
     params: ResolvedParams
     terms: Terms
+    asked: Asked
+    metrics: Metrics
+    """Where it counts."""
     n: int = 1
     """How many; their seeds count up."""
     previews: int = 0
@@ -77,7 +86,9 @@ async def order(commission: Commission) -> Sequence[Request]:
         await asyncio.wait_for(mesh.wait_model(), MODEL_PATIENCE_S)
     first = await asyncio.to_thread(mesh.request, "", params, commission.terms, previews=commission.previews)
     given = commission.inputs
-    first = msgspec.structs.replace(first, images=given.images, mask=given.mask, markup=given.markup)
+    first = msgspec.structs.replace(
+        traced(first, commission.asked), images=given.images, mask=given.mask, markup=given.markup
+    )
     return [
         msgspec.structs.replace(first, id=_new_image_id(), params=msgspec.structs.replace(params, seed=seed))
         for seed in range(params.seed, params.seed + commission.n)
@@ -117,22 +128,28 @@ async def paint(commission: Commission, request: Request) -> AsyncGenerator[Told
         RequestFailed: the mesh gave up on it, or somebody cancelled it.
     """
     pixels, partials = None, 0
-    async with contextlib.aclosing(commission.model.mesh.run(request)) as events:
-        async for event in events:
-            match event:
-                case Progress():
-                    yield event
-                case Preview():
-                    yield Partial(partials, await asyncio.to_thread(_encode_preview, commission, event))
-                    partials += 1
-                case Frames():
-                    pixels = event.pixels[0]
-                case Completed():
-                    assert pixels is not None, "completed without a picture"
-                    params = request.params
-                    metadata = generation_metadata(params, commission.model.name, event.timings)
-                    file = await asyncio.to_thread(still, pixels, commission.kind, metadata, commission.quality)
-                    yield Picture(request.id, file, params.seed, _text_tokens(request), event.timings, event.usage)
+    watch = Watch(commission.metrics, commission.model.name, request.id, commission.asked.traceparent)
+    with watch as seen:
+        async with contextlib.aclosing(commission.model.mesh.run(request)) as events:
+            async for event in events:
+                seen(event)
+                match event:
+                    case Progress():
+                        yield event
+                    case Preview():
+                        yield Partial(partials, await asyncio.to_thread(_encode_preview, commission, event))
+                        partials += 1
+                    case Frames():
+                        pixels = event.pixels[0]
+                    case Completed():
+                        assert pixels is not None, "completed without a picture"
+                        yield await asyncio.to_thread(_finish, commission, request, event, pixels)
+
+
+def _finish(commission: Commission, request: Request, done: Completed, pixels: NDArray[np.uint8]) -> Picture:
+    metadata = generation_metadata(request.params, commission.model.name, done.timings)
+    file = still(pixels, commission.kind, metadata, commission.quality)
+    return Picture(request.id, file, request.params.seed, _text_tokens(request), done.timings, done.usage)
 
 
 def _encode_preview(commission: Commission, preview: Preview) -> bytes:

@@ -117,7 +117,6 @@ class JobRunner:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(model.mesh.wait_model(), MODEL_PATIENCE_S)
         request = await asyncio.to_thread(model.mesh.request, job.id, params, terms, previews=asked.previews)
-        request = msgspec.structs.replace(request, images=asked.images)
         self._accepting.add(job.id)
         try:
             stored = await self._store.insert(job)
@@ -222,10 +221,11 @@ class JobRunner:
         return mirror.log
 
     async def wait(self, job_id: str) -> Job:
-        """The job once it has ended.
+        """A job of ours once it has ended.
 
         Raises:
             NotReady: it came too late for the mesh, and waits for the next one.
+            InvalidInput: it was deleted meanwhile.
         """
         live = self._live.get(job_id)
         if live is not None:
@@ -233,11 +233,12 @@ class JobRunner:
             await asyncio.wait([live.task])
             if not live.task.cancelled() and not live.log.ended:
                 raise NotReady("draining: the server is shutting down and takes no new work", draining=True)
-            # Who cancels the task tells its readers a moment later.
+            # Who cancels the task tells its readers a moment later; if the job was lost, whoever has it now does.
             async for _event in live.log.follow():
                 pass
-        job = live.job if live is not None else await self._store.get(job_id)
-        assert job is not None, "waited for a job that nobody accepted"
+        job = live.job if live is not None and live.job.finished else await self._store.get(job_id)
+        if job is None:
+            raise InvalidInput("video_id", f"{job_id} was deleted while it was made", code="video_not_found")
         return job
 
     async def cancel(self, job_id: str, reason: str) -> None:
@@ -377,10 +378,10 @@ class JobRunner:
             request = await asyncio.to_thread(
                 mesh.request, job.id, job.params, job.terms, resumed=True, previews=job.asked.previews
             )
-            request = msgspec.structs.replace(request, images=job.asked.images)
+        request = msgspec.structs.replace(traced(request, job.asked), images=job.asked.images)
         output_file = ""
         with contextlib.closing(Recording(self.outputs, live.job)) as recording:
-            async with contextlib.aclosing(mesh.run(traced(request, job.asked), resumed=resumed)) as events:
+            async with contextlib.aclosing(mesh.run(request, resumed=resumed)) as events:
                 async for event in events:
                     seen(event)
                     match event:
