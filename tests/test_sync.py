@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import signal
 import socket
 import threading
 import warnings
@@ -15,7 +16,9 @@ import msgspec
 import openai
 import pytest
 import structlog
-from served import BODY, eventually, names
+from served import BODY, eventually, names, parse_events
+
+from runtime.trace import read_trace
 
 PATH = "/v1/videos/sync"
 
@@ -176,6 +179,40 @@ def test_bad_input_is_refused_as_elsewhere(gateway, fake):
     answer = gateway.http.post(PATH, json=BODY, headers={"idempotency-key": "k"})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, "Idempotency-Key")
     assert fake.submitted == []
+
+
+LONG = {"prompt": "a red square", "num_inference_steps": 1000}
+
+
+@pytest.mark.slow
+def test_the_ranks_stop_when_the_client_leaves(serve, tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    server = serve("--num-gpus", "2", "--trace-path", str(trace)).wait_ready()
+
+    def steps() -> int:
+        """Of the requests that were left, on all ranks."""
+        lines = [line for line in read_trace(trace) if line.kind == "Denoise"]
+        return sum(line.units for line in lines if not line.requests.keys() & brief)
+
+    def brief_one() -> None:
+        answer = server.http.post("/v1/videos/sync", json=BODY | {"num_frames": 1}).raise_for_status()
+        brief.add(answer.headers["x-video-id"])
+
+    brief: set[str] = set()
+    progress = {"stream": True, "stream_options": {"include_progress": True}}
+    with server.http.stream("POST", "/v1/images/generations", json=LONG | progress) as response:
+        next(data for _, _, data in parse_events(response.iter_lines()) if data["step"] > 2)
+    for path in ("/v1/images/generations", PATH):
+        before = steps()
+        with leaving(server.url, path, LONG):
+            eventually(lambda: steps() > before, 30)  # noqa: B023
+    cancelled = 'framemesh_requests_total{finished_reason="cancelled",model="demo"} 3.0'
+    eventually(lambda: cancelled in server.http.get("/metrics").text)
+    brief_one()
+    until_then = steps()
+    brief_one()
+    assert steps() == until_then < 3 * 1000
+    assert server.end(signal.SIGTERM) == 0
 
 
 # ---- remix ---------------------------------------------------------------------------------------------------------
