@@ -55,6 +55,16 @@ class Waiting:
         return self._answer
 
 
+@contextlib.contextmanager
+def leaving(url: str, path: str, body: dict):
+    """A client that asks and closes the connection at the end of the block."""
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+        connection.sendall(f"{head}\r\n\r\n".encode() + content)
+        yield
+
+
 # ---- sync ----------------------------------------------------------------------------------------------------------
 
 
@@ -85,12 +95,7 @@ def test_while_one_waits_the_job_is_like_any_other(gateway, fake):
 @pytest.mark.parametrize("mark", ["queued", "denoise:2", "decode:2"])
 def test_who_leaves_cancels(gateway, fake, mark):
     fake.held = {mark}
-    with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as connection:
-        body = json.dumps(BODY).encode()
-        head = (
-            f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-        )
-        connection.sendall(head.encode() + body)
+    with leaving(gateway.url, PATH, BODY):
         video_id = fake.wait_for(mark)
     eventually(lambda: fake.cancelled == [video_id])
     eventually(lambda: gateway.video(video_id)["status"] == "cancelled")
