@@ -35,9 +35,9 @@ class Commission:
     model: Model
     params: ResolvedParams
     terms: Terms
-    asked: Asked
     metrics: Metrics
-    """Where it counts."""
+    asked: Asked = field(default_factory=Asked)
+    """Whose call it is."""
     n: int = 1
     """How many; their seeds count up."""
     previews: int = 0
@@ -86,9 +86,8 @@ async def order(commission: Commission) -> Sequence[Request]:
         await asyncio.wait_for(mesh.wait_model(), MODEL_PATIENCE_S)
     first = await asyncio.to_thread(mesh.request, "", params, commission.terms, previews=commission.previews)
     given = commission.inputs
-    first = msgspec.structs.replace(
-        traced(first, commission.asked), images=given.images, mask=given.mask, markup=given.markup
-    )
+    first = msgspec.structs.replace(first, images=given.images, mask=given.mask, markup=given.markup)
+    first = traced(first, commission.asked)
     return [
         msgspec.structs.replace(first, id=_new_image_id(), params=msgspec.structs.replace(params, seed=seed))
         for seed in range(params.seed, params.seed + commission.n)
@@ -127,9 +126,8 @@ async def paint(commission: Commission, request: Request) -> AsyncGenerator[Told
     Raises:
         RequestFailed: the mesh gave up on it, or somebody cancelled it.
     """
-    pixels, partials = None, 0
-    watch = Watch(commission.metrics, commission.model.name, request.id, commission.asked.traceparent)
-    with watch as seen:
+    pixels, done, partials = None, None, 0
+    with Watch(commission.metrics, commission.model.name, request.id, request.traceparent) as seen:
         async with contextlib.aclosing(commission.model.mesh.run(request)) as events:
             async for event in events:
                 seen(event)
@@ -142,11 +140,14 @@ async def paint(commission: Commission, request: Request) -> AsyncGenerator[Told
                     case Frames():
                         pixels = event.pixels[0]
                     case Completed():
-                        assert pixels is not None, "completed without a picture"
-                        yield await asyncio.to_thread(_finish, commission, request, event, pixels)
+                        done = event
+    assert pixels is not None, "completed without a picture"
+    assert done is not None, "the mesh ended without a word"
+    yield await asyncio.to_thread(_finish, commission, request, pixels, done)
 
 
-def _finish(commission: Commission, request: Request, done: Completed, pixels: NDArray[np.uint8]) -> Picture:
+def _finish(commission: Commission, request: Request, pixels: NDArray[np.uint8], done: Completed) -> Picture:
+    """The picture as a file; blocks."""
     metadata = generation_metadata(request.params, commission.model.name, done.timings)
     file = still(pixels, commission.kind, metadata, commission.quality)
     return Picture(request.id, file, request.params.seed, _text_tokens(request), done.timings, done.usage)

@@ -328,10 +328,6 @@ class JobStore:
         return count > 0
 
 
-CALL = ("request_id", "traceparent")
-"""What tells one call from the next, however equal they are."""
-
-
 def fingerprint(job: Job, drawn_seed: bool) -> str:
     """A hash of what was asked for: equal for a repeated request, whose seed is a new one if none was given.
 
@@ -340,7 +336,7 @@ def fingerprint(job: Job, drawn_seed: bool) -> str:
     params = _told(job.params)
     if drawn_seed:
         del params["seed"]
-    asked = {name: value for name, value in _told(job.asked).items() if name not in CALL}
+    asked = {name: value for name, value in _told(job.asked).items() if name != "request_id"}
     terms = {name: value for name, value in _told(job.terms).items() if name != "key"}
     words = msgspec.json.encode([job.model, params, asked, terms], order="deterministic")
     return hashlib.sha256(words).hexdigest()
