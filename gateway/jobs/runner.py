@@ -119,7 +119,6 @@ class JobRunner:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(model.mesh.wait_model(), MODEL_PATIENCE_S)
         request = await asyncio.to_thread(model.mesh.request, job.id, params, terms, previews=asked.previews)
-        request = msgspec.structs.replace(request, images=asked.images)
         self._accepting.add(job.id)
         try:
             stored = await self._store.insert(job)
@@ -235,6 +234,7 @@ class JobRunner:
 
         Raises:
             NotReady: it came too late for the mesh, and waits for the next one.
+            InvalidInput: it was deleted meanwhile.
         """
         live = self._live.get(job_id)
         if live is not None and live.task is not None:
@@ -251,7 +251,8 @@ class JobRunner:
 
     async def _known(self, job_id: str, live: LiveJob | None) -> Job:
         job = live.job if live is not None and live.job.finished else await self._store.get(job_id)
-        assert job is not None, "waited for a job that nobody accepted"
+        if job is None:
+            raise InvalidInput("video_id", f"{job_id} was deleted while it was made", code="video_not_found")
         return job
 
     async def cancel(self, job_id: str, reason: str) -> None:
@@ -394,10 +395,10 @@ class JobRunner:
             request = await asyncio.to_thread(
                 mesh.request, job.id, job.params, job.terms, resumed=True, previews=job.asked.previews
             )
-            request = msgspec.structs.replace(request, images=job.asked.images)
+        request = msgspec.structs.replace(traced(request, job.asked), images=job.asked.images)
         output_file = ""
         with contextlib.closing(Recording(self.outputs, live.job)) as recording:
-            async with contextlib.aclosing(mesh.run(traced(request, job.asked), resumed=resumed)) as events:
+            async with contextlib.aclosing(mesh.run(request, resumed=resumed)) as events:
                 async for event in events:
                     seen(event)
                     match event:
