@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.catalog import Catalog
+from gateway.jobs.database import StoreUnavailable
 from gateway.jobs.outputs import Outputs
 from gateway.jobs.runner import JobRunner
 from gateway.jobs.store import JobStore
@@ -58,6 +59,7 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
         app.include_router(routes.router)
     app.add_exception_handler(InvalidInput, _invalid_input)
     app.add_exception_handler(NotReady, _not_ready)
+    app.add_exception_handler(StoreUnavailable, _store_unavailable)
     app.add_exception_handler(RequestValidationError, _validation_failed)
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
@@ -73,6 +75,10 @@ def _invalid_input(_request: Request, error: Any) -> Response:
 def _not_ready(_request: Request, error: Any) -> Response:
     code = DRAINING if error.draining else "model_loading"
     return error_reply(503, f"not ready: {error}", None, code, {"retry-after": str(RETRY_AFTER_S)})
+
+
+def _store_unavailable(_request: Request, error: Any) -> Response:
+    return error_reply(503, str(error), None, "store_unavailable", {"retry-after": str(RETRY_AFTER_S)})
 
 
 def _validation_failed(_request: Request, error: Any) -> Response:

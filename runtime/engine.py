@@ -118,7 +118,8 @@ class Engine:
                 self._diary.submitted(message.requests)
                 self._scheduler.submit(sender, message.requests, now)
             case Cancel():
-                self._scheduler.cancel(message.request_id, message.reason, now)
+                gateway = sender if sender in self._gateways else None
+                self._scheduler.cancel(message.request_id, message.reason, now, gateway)
             case Stored():
                 self._scheduler.stored(sender, message.request_id, now)
             case Grant():

@@ -155,11 +155,16 @@ class Scheduler:
             elif gateway != record.gateway and gateway in self._gateways:
                 self._adopt(record, gateway, request.attempt, now)
 
-    def cancel(self, request_id: str, reason: str, now: float) -> None:
-        """Queued work ends now, running work when its item does."""
+    def cancel(self, request_id: str, reason: str, now: float, gateway: bytes | None = None) -> None:
+        """Queued work ends now, running work when its item does.
+
+        A gateway cancels what is its own: one from which another took a request over has nothing to say about it.
+        """
         record = self._requests.get(request_id)
         if record is None:
             self._forget_saved(request_id)
+            return
+        if gateway not in {None, record.gateway}:
             return
         record.cancel_reason = reason
         self._settle(record, now)

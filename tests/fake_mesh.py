@@ -110,7 +110,6 @@ class FakeMesh:
     """Marks at which requests stop until `release()`."""
     failures: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Mark -> (code, reason): what happens to the requests that come to it."""
-    credits: int = 0
     most_credits: int = 0
     """A gateway that gives back more than it took exceeds what it granted first."""
     chunks: list[tuple[str, int, int]] = field(default_factory=list)
@@ -138,6 +137,7 @@ class FakeMesh:
         self.card: Card = card_for(self.model.configs)
         self._running: dict[str, _Running] = {}
         self._gateways: dict[bytes, str] = {}
+        self._credits: dict[bytes, int] = {}
         self._frames: dict[str, Channel[FramesChunk, ToScheduler]] = {}
         self._ended = threading.Event()
         self._announce = threading.Event()
@@ -154,6 +154,11 @@ class FakeMesh:
     @property
     def endpoint(self) -> str:
         return f"ipc://{self.folder}/scheduler"
+
+    @property
+    def credits(self) -> int:
+        """Of the gateway that came last."""
+        return next(reversed(self._credits.values()), 0)
 
     def close(self) -> None:
         self._ended.set()
@@ -205,7 +210,7 @@ class FakeMesh:
 
     def _come_back(self) -> None:
         self.epoch += 1
-        self.credits = 0
+        self._credits.clear()
         self._bind()
 
     def _lose_worker(self) -> None:
@@ -272,7 +277,7 @@ class FakeMesh:
             case GatewayHello():
                 self.hellos.append(self.epoch)
                 if sender not in self._gateways:
-                    self.credits = message.credits
+                    self._credits[sender] = message.credits
                 self._gateways[sender] = message.frames_endpoint
                 self._tell(sender, Welcome(self.epoch))
                 self._tell(sender, self._state())
@@ -287,15 +292,17 @@ class FakeMesh:
                 self._answer(sender)
             case Cancel():
                 self.cancelled.append(message.request_id)
-                running = self._running.pop(message.request_id, None)
-                if running is not None:
+                running = self._running.get(message.request_id)
+                if running is not None and running.gateway == sender:
+                    del self._running[message.request_id]
                     self._tell(sender, Cancelled(message.request_id, message.reason))
             case Stored():
                 self.stored.append(message.request_id)
-                if message.request_id in self._running:
-                    self._running[message.request_id].stored = True
+                running = self._running.get(message.request_id)
+                if running is not None and running.gateway == sender:
+                    running.stored = True
             case Grant():
-                self.credits += message.credits
+                self._credits[sender] = self._credits.get(sender, 0) + message.credits
                 self.most_credits = max(self.most_credits, self.credits)
 
     def _answer(self, observer: bytes) -> None:
@@ -394,13 +401,13 @@ class FakeMesh:
         tell("decode", 0, len(chunks), 1.0)
         frames, first = moving_frames(request.params), 0
         for number, count in enumerate(chunks, 1):
-            while self.credits < 1:
+            while self._credits.get(gateway, 0) < 1:
                 yield "starved"
-            self.credits -= 1
+            self._credits[gateway] -= 1
             self._send_frames(gateway, request, frames[first : first + count], first)
             if request.id in self.repeats:
                 self.repeats.remove(request.id)
-                self.credits -= 1
+                self._credits[gateway] -= 1
                 self._send_frames(gateway, request, frames[first : first + count], first)
             first += count
             tell("deliver" if number == len(chunks) else "decode", number, len(chunks), 1.0)

@@ -34,7 +34,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from gateway.__main__ import listen
 from gateway.body import unbracket
 from gateway.jobs import runner as runner_module
-from gateway.jobs.store import JobStore
+from gateway.jobs.database import Database
 from gateway.media.mp4 import read_frames
 from gateway.mesh import FRAME_CREDITS
 from gateway.stream import EventLog
@@ -438,14 +438,14 @@ def test_an_error_of_ours_is_an_internal_error_and_the_gateway_lives_on(gateway,
 
 @pytest.mark.parametrize("failures", [{}, {"denoise:2": ("out_of_memory", "too large")}])
 def test_readers_hear_of_the_end_even_if_the_store_is_broken(gateway, fake, monkeypatch, logs, failures):
-    def broken(store, work):
+    def broken(database, work, until):
         raise SQLAlchemyError("the disk is gone")
 
     fake.held, fake.failures = {"denoise:1"}, failures
     video_id = gateway.create()
     with gateway.follow(video_id) as following, monkeypatch.context() as patch:
         fake.wait_for("denoise:1")
-        patch.setattr(JobStore, "_transact", broken)
+        patch.setattr(Database, "_transact", broken)
         fake.release()
         assert list(following)[-1][2]["error"]["code"] == "internal_error"
     assert gateway.runner._live == {}

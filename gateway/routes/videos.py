@@ -56,7 +56,9 @@ async def create(
     params = resolve(body, model.card, here.config.max_prompt_chars)
     terms = check_terms(body.priority, body.timeout, account(request))
     asked = Asked(request_id=request_id(request), traceparent=traceparent(request), previews=body.previews)
-    return reply(video_object(await here.runner.submit(model, params, terms, asked, idempotency_key)))
+    drawn_seed = body.seed is None
+    job = await here.runner.submit(model, params, terms, asked, idempotency_key, drawn_seed=drawn_seed)
+    return reply(video_object(job))
 
 
 @router.get("")
@@ -91,7 +93,7 @@ async def events(
     frames: Literal["jpeg"] | None = None,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> AsyncIterator[ServerSentEvent]:
-    log, read = here.runner.events(job.id), functools.partial(here.runner.outputs.read, job.id)
+    log, read = here.runner.follow(job), functools.partial(here.runner.outputs.read, job.id)
     with_stills = frames == "jpeg"
     told = tell_live(log, last_event_id, read, with_stills) if log else tell_ended(job, read, with_stills)
     with here.metrics.reading_events():
