@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +12,14 @@ import structlog
 from prometheus_client.parser import text_string_to_metric_families
 from served import BODY, eventually
 
+from gateway.jobs.database import StoreUnavailable
+from gateway.jobs.keeper import Lost
 from gateway.metrics import NO_ROUTE
 from gateway.overview import public_config
 from gateway.probe import PROBE_ACCOUNT
+from gateway.watch import finished_reason
 from runtime.config import Config
+from runtime.errors import NotReady, RequestFailed
 from runtime.protocol import Buckets, Totals
 
 FRAMES = 17
@@ -254,3 +259,19 @@ def test_before_the_scheduler_has_answered(start, fake):
     assert [model["ready"] for model in info["models"]] == [False]
     assert [mesh["ready"] for mesh in info["meshes"]] == [False]
     assert gateway.http.post("/v1/videos", json={**BODY, "num_frames": "many"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (None, "completed"),
+        (RequestFailed("a", "worker_lost", "it ran while the workers died"), "worker_lost"),
+        (NotReady("draining", draining=True), "not_ready"),
+        (asyncio.CancelledError(), "cancelled"),
+        (Lost("it is another gateway's"), "lost"),
+        (StoreUnavailable("gone"), "store_unavailable"),
+        (OSError("no space"), "internal_error"),
+    ],
+)
+def test_every_end_has_a_word(error, reason):
+    assert finished_reason(error) == reason
