@@ -277,7 +277,9 @@ def test_who_leaves_a_stream_cancels(gateway, fake, mark):
     fake.held = {mark}
     body = BODY | {"stream": True, "stream_options": {"include_progress": True}}
     with gateway.http.stream("POST", PATH, json=body) as response:
-        next(parse_events(response.iter_lines()))
+        # A reader that is dropped closes the connection.
+        events = parse_events(response.iter_lines())
+        next(events)
         fake.wait_for(mark)
     eventually(lambda: fake.cancelled)
     assert fake.cancelled == [fake.submitted[1].id]

@@ -95,6 +95,21 @@ def test_a_failure_is_counted_by_its_code(gateway, fake):
     assert seen("num_requests_running", model="demo") == 0
 
 
+def test_images_count_like_videos_streamed_or_not(gateway, fake):
+    body = {"prompt": "a cat", "n": 2}
+    answer = gateway.http.post("/v1/images/generations", json=body, headers={"x-request-id": "mine"})
+    assert [entry["usage"]["attempts"] for entry in answer.raise_for_status().json()["data"]] == [1, 1]
+    assert {request.trace for request in fake.submitted} == {"mine"}
+    gateway.http.post("/v1/images/generations", json={"prompt": "a cat", "stream": True}).raise_for_status()
+    fake.failures["denoise:1"] = ("out_of_memory", "too large")
+    assert gateway.http.post("/v1/images/generations", json={"prompt": "a cat"}).is_error
+    seen = Scraped(gateway)
+    assert seen("requests_total", model="demo", finished_reason="completed") == 3
+    assert seen("requests_total", model="demo", finished_reason="out_of_memory") == 1
+    assert seen("e2e_request_latency_seconds_count", model="demo") == 3
+    assert (seen("num_requests_running", model="demo"), seen("num_requests_waiting", model="demo")) == (0, 0)
+
+
 def test_an_error_of_ours_is_counted_as_one(gateway, monkeypatch):
     def broken(*args):
         raise OSError("no space")
