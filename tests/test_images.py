@@ -142,6 +142,18 @@ def test_what_it_took_is_told_in_tokens_and_in_seconds(client, fake):
     assert (answer.quality, answer.background, answer.safety_identifier) == ("auto", "opaque", "who")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_it_is_counted_and_traced(gateway, fake, stream):
+    parent = f"00-{1:032x}-{2:016x}-01"
+    headers = {"x-request-id": "mine", "traceparent": parent}
+    gateway.http.post(PATH, json=BODY | {"stream": stream}, headers=headers).raise_for_status()
+    (request,) = fake.submitted
+    assert (request.trace, request.traceparent) == ("mine", parent)
+    told = gateway.http.get("/metrics").text
+    assert 'framemesh_requests_total{finished_reason="completed",model="demo"} 1.0' in told
+    assert 'framemesh_num_requests_running{model="demo"} 0.0' in told
+
+
 # ---- streams -------------------------------------------------------------------------------------------------------
 
 
@@ -277,6 +289,7 @@ def test_who_leaves_a_stream_cancels(gateway, fake, mark):
     fake.held = {mark}
     body = BODY | {"stream": True, "stream_options": {"include_progress": True}}
     with gateway.http.stream("POST", PATH, json=body) as response:
+        # A reader that is dropped closes the connection.
         events = parse_events(response.iter_lines())
         next(events)
         fake.wait_for(mark)
