@@ -192,7 +192,8 @@ def test_however_many_look_the_scheduler_is_asked_at_most_twice_a_second(gateway
     assert 1 <= fake.looks <= 2 + 2 * (time.monotonic() - began)
 
 
-def test_a_scheduler_that_does_not_answer_delays_nobody_for_long(gateway, fake):
+def test_a_scheduler_that_does_not_answer_delays_nobody_for_long(gateway, fake, monkeypatch):
+    monkeypatch.setattr("gateway.mesh.LOOK_S", 0.2)
     gateway.wait(gateway.create())
     fake.blind = True
     seen = Scraped(gateway)
