@@ -89,6 +89,7 @@ def test_a_failure_is_counted_by_its_code(gateway, fake):
     fake.failures["denoise:1"] = ("out_of_memory", "too large")
     video = gateway.wait(gateway.create(), "failed")
     assert video["finished_reason"] == "out_of_memory"
+    assert video["usage"] == {"queue_s": 0.1, "rank_seconds": 0.7, "attempts": 3, "peak_memory_mb": 4.8}
     seen = Scraped(gateway)
     assert seen("requests_total", model="demo", finished_reason="out_of_memory") == 1
     assert seen("e2e_request_latency_seconds_count", model="demo") in {None, 0}

@@ -96,7 +96,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     timings: dict[str, float] = {}
     """Seconds per stage, once it is completed."""
     usage: Usage = Usage()
-    """Likewise."""
+    """Once it has ended."""
     output_file: str | None = None
     idempotency_key: str | None = None
     fingerprint: str | None = None
