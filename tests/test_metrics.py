@@ -135,7 +135,7 @@ def test_the_video_says_what_it_took(gateway, fake):
 
 def test_what_the_mesh_counts(gateway, fake):
     spread = Buckets((0.1, 0.2), (3, 4, 5), 6.5)
-    fake.totals = Totals(spread, spread, {"decode": spread}, {"one": 12.5, PROBE_ACCOUNT: 99.0})
+    fake.totals = Totals(spread, spread, {"decode": spread}, {"one": 12.5, "": 1.5, PROBE_ACCOUNT: 99.0})
     seen, mesh = Scraped(gateway), {"model": "demo", "mesh": "0"}
     for name, labels in (
         ("denoise_step_seconds", mesh),
@@ -145,7 +145,8 @@ def test_what_the_mesh_counts(gateway, fake):
         counts = [seen(f"{name}_bucket", le=le, **labels) for le in ("0.1", "0.2", "+Inf")]
         assert (counts, seen(f"{name}_count", **labels), seen(f"{name}_sum", **labels)) == ([3, 7, 12], 12, 6.5)
     assert seen("rank_seconds_total", account="one", **mesh) == 12.5
-    assert len(seen.labels("rank_seconds_total")) == 1, "probes are charged to nobody"
+    assert seen("rank_seconds_total", account="(anonymous)", **mesh) == 1.5
+    assert len(seen.labels("rank_seconds_total")) == 2, "probes are charged to nobody"
     assert [seen("worker_up", rank=str(rank), **mesh) for rank in range(2)] == [1, 1]
     memory = [seen("worker_memory_bytes", rank="1", of=of, **mesh) for of in ("held", "budget", "peak")]
     assert memory == [10, 100, 1000]
