@@ -33,7 +33,7 @@ from gateway.tracing import traced
 from gateway.watch import Watch
 from runtime.errors import InvalidInput, NotReady, RequestFailed
 from runtime.log import get_logger
-from runtime.protocol import Completed, Progress, Request
+from runtime.protocol import Completed, Progress, Request, Usage
 from runtime.sampling import ResolvedParams, Terms
 
 SAVE_EVERY_S = 0.25
@@ -385,7 +385,8 @@ class JobRunner:
             if error.code == DRAINING:
                 await self._give_back(live, error.reason)
             status: Status = "cancelled" if error.code == "cancelled" else "failed"
-            await self._end_live(live, status, error_code=error.code, error_message=error.reason)
+            told = {"error_code": error.code, "error_message": error.reason, "usage": error.usage or Usage()}
+            await self._end_live(live, status, **told)
         else:
             measured = {"timings": done.timings, "usage": done.usage}
             await self._end_live(live, "completed", progress=100, output_file=output_file, **measured)
