@@ -40,15 +40,20 @@ async def _disconnected(request: Request) -> None:
 
 
 def event_stream(events: AsyncGenerator[Told, None]) -> StreamingResponse:
-    """The events as they come, each as one server-sent event with JSON; a client that leaves closes the generator."""
+    """The events as they come, each as one server-sent event with JSON; a client that leaves closes the generator.
+
+    It is for few events: what a client has not read yet is kept.
+    """
     headers = {"cache-control": "no-cache", "x-accel-buffering": "no"}
     return StreamingResponse(_render(events), 200, headers, "text/event-stream")
 
 
 async def _render(events: AsyncGenerator[Told, None]) -> AsyncGenerator[bytes, None]:
-    # The response cancels whatever it waits in again and again; a task of its own can end what it began.
-    queue: asyncio.Queue[Told | None] = asyncio.Queue(1)
+    # A task of its own for two reasons: the mesh must not wait for a client that does not read, and the response
+    # cancels whatever it waits in again and again, so that nothing could be ended in an orderly way.
+    queue: asyncio.Queue[Told | None] = asyncio.Queue()
     telling = asyncio.create_task(_tell(events, queue))
+    telling.add_done_callback(lambda _: queue.put_nowait(None))
     try:
         while True:
             try:
@@ -65,18 +70,9 @@ async def _render(events: AsyncGenerator[Told, None]) -> AsyncGenerator[bytes, N
 
 
 async def _tell(events: AsyncGenerator[Told, None], queue: asyncio.Queue[Told | None]) -> None:
-    """Every event, then None, also after an exception."""
-    read = True
-    try:
-        async with contextlib.aclosing(events):
-            async for told in events:
-                await queue.put(told)
-    except asyncio.CancelledError:
-        read = False
-        raise
-    finally:
-        if read:
-            await queue.put(None)
+    async with contextlib.aclosing(events):
+        async for told in events:
+            queue.put_nowait(told)
 
 
 def _encode(name: str, data: dict[str, Any]) -> bytes:

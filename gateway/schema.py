@@ -189,7 +189,7 @@ class ImageCreate(Generation):
     output_compression: Whole | None = Field(None, ge=0, le=100, description="quality of webp and jpeg")
     stream: bool = Field(False, description="answer with server-sent events")
     partial_images: Whole = Field(0, ge=0, le=3, description="previews in the stream; fewer may come")
-    stream_options: StreamOptions | None = None
+    stream_options: Annotated[StreamOptions | None, WithJsonSchema(StreamOptions.model_json_schema())] = None
     quality: str | None = None
     background: str | None = None
     moderation: str | None = None

@@ -379,7 +379,9 @@ def test_a_text_to_video_model_takes_no_reference(gateway, fake, path):
 
 def test_a_reference_reaches_the_mesh_also_after_a_restart_and_in_a_remix(taking, fake, start):
     for body in REFERENCES:
-        assert taking.http.post("/v1/videos", **body).status_code == 200
+        answer = taking.http.post("/v1/videos", **body)
+        assert answer.status_code == 200
+        taking.wait(answer.json()["id"])
     fake.held = {"denoise:1"}
     held = taking.http.post("/v1/videos", **REFERENCES[0]).json()["id"]
     fake.wait_for("denoise:1")

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from gateway.catalog import Catalog, Model
 from gateway.jobs.database import StoreUnavailable
-from gateway.jobs.keeper import Keeper
+from gateway.jobs.keeper import Keeper, Lost
 from gateway.jobs.mirror import Mirror
 from gateway.jobs.outputs import Outputs, Recording
 from gateway.jobs.store import Asked, Job, JobStore, Order, Page, Status, fingerprint
@@ -52,10 +52,6 @@ log = get_logger("jobs")
 
 class TooLate(Exception):
     """An accepted job found the mesh draining. It is not over: it is given back, and its readers wait."""
-
-
-class Lost(Exception):
-    """The job is not ours any more: another gateway works on it, or it was ended or deleted."""
 
 
 @dataclass
@@ -119,7 +115,6 @@ class JobRunner:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(model.mesh.wait_model(), MODEL_PATIENCE_S)
         request = await asyncio.to_thread(model.mesh.request, job.id, params, terms, previews=asked.previews)
-        request = msgspec.structs.replace(request, images=asked.images)
         self._accepting.add(job.id)
         try:
             stored = await self._store.insert(job)
@@ -235,6 +230,7 @@ class JobRunner:
 
         Raises:
             NotReady: it came too late for the mesh, and waits for the next one.
+            InvalidInput: it was deleted meanwhile.
         """
         live = self._live.get(job_id)
         if live is not None and live.task is not None:
@@ -251,7 +247,8 @@ class JobRunner:
 
     async def _known(self, job_id: str, live: LiveJob | None) -> Job:
         job = live.job if live is not None and live.job.finished else await self._store.get(job_id)
-        assert job is not None, "waited for a job that nobody accepted"
+        if job is None:
+            raise InvalidInput("video_id", f"{job_id} was deleted while it was made", code="video_not_found")
         return job
 
     async def cancel(self, job_id: str, reason: str) -> None:
@@ -394,10 +391,10 @@ class JobRunner:
             request = await asyncio.to_thread(
                 mesh.request, job.id, job.params, job.terms, resumed=True, previews=job.asked.previews
             )
-            request = msgspec.structs.replace(request, images=job.asked.images)
+        request = msgspec.structs.replace(traced(request, job.asked), images=job.asked.images)
         output_file = ""
         with contextlib.closing(Recording(self.outputs, live.job)) as recording:
-            async with contextlib.aclosing(mesh.run(traced(request, job.asked), resumed=resumed)) as events:
+            async with contextlib.aclosing(mesh.run(request, resumed=resumed)) as events:
                 async for event in events:
                     seen(event)
                     match event:

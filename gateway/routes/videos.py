@@ -78,12 +78,16 @@ async def sync(request: Request, here: Here) -> Response:
 @router.post("/edits")
 @router.post("/extensions")
 @router.post("/characters")
-@router.get("/characters/{character_id}")
 async def refuse_videos(request: Request) -> Response:
     """What starts from a video: 400 `video_input_not_supported`, whatever was asked."""
     await discard_body(request)
-    message = "videos are made of text here; no model of this server starts from a video"
-    return error_reply(400, message, None, "video_input_not_supported")
+    return _no_video_input()
+
+
+@router.get("/characters/{character_id}")
+async def refuse_character(character_id: str) -> Response:
+    """Likewise: there are none."""
+    return _no_video_input()
 
 
 @router.get("")
@@ -128,7 +132,7 @@ async def events(
 
 
 @router.post("/{video_id}/remix", openapi_extra=_documented(VideoRemix))
-async def remix(source: Existing, request: Request, here: Here) -> Response:
+async def remix(source: Existing, request: Request, here: Here, idempotency_key: IdempotencyKey = None) -> Response:
     """The same video with another prompt, whether the source is done, still waits, or has lost its file.
 
     Its parameters and its seed are taken over; any of them may be given to differ, and `prompt` has to be.
@@ -138,7 +142,7 @@ async def remix(source: Existing, request: Request, here: Here) -> Response:
         message = f"{source.id} was made by {source.model}, which this server does not have (any more)"
         raise InvalidInput("video_id", message, code="model_not_served")
     taken = {"images": source.asked.images} if body.input_reference is None else {}
-    return reply(video_object(await _submit(request, here, body, None, remixed_from=source.id, **taken)))
+    return reply(video_object(await _submit(request, here, body, idempotency_key, remixed_from=source.id, **taken)))
 
 
 @router.post("/{video_id}/cancel")
@@ -170,6 +174,11 @@ async def _submit(request: Request, here: Services, body: VideoCreate, idempoten
     asked = msgspec.structs.replace(asked, **more)
     drawn_seed = body.seed is None
     return await here.runner.submit(model, params, terms, asked, idempotency_key, drawn_seed=drawn_seed)
+
+
+def _no_video_input() -> Response:
+    message = "videos are made of text here; no model of this server starts from a video"
+    return error_reply(400, message, None, "video_input_not_supported")
 
 
 def _made(job: Job, runner: JobRunner) -> Response:
