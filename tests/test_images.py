@@ -289,6 +289,7 @@ def test_who_leaves_a_stream_cancels(gateway, fake, mark):
     fake.held = {mark}
     body = BODY | {"stream": True, "stream_options": {"include_progress": True}}
     with gateway.http.stream("POST", PATH, json=body) as response:
+        # A reader that is dropped closes the connection.
         events = parse_events(response.iter_lines())
         next(events)
         fake.wait_for(mark)

@@ -21,6 +21,10 @@ HEAR_CANCELS_S = 1.0
 log = get_logger("jobs")
 
 
+class Lost(Exception):
+    """The job is not ours any more: another gateway works on it, or it was ended or deleted."""
+
+
 class Hands(Protocol):
     """Who does the jobs."""
 

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from gateway.catalog import Catalog, Model
 from gateway.jobs.database import StoreUnavailable
-from gateway.jobs.keeper import Keeper
+from gateway.jobs.keeper import Keeper, Lost
 from gateway.jobs.mirror import Mirror
 from gateway.jobs.outputs import Outputs, Recording
 from gateway.jobs.store import Asked, Job, JobStore, Order, Page, Status, fingerprint
@@ -52,10 +52,6 @@ log = get_logger("jobs")
 
 class TooLate(Exception):
     """An accepted job found the mesh draining. It is not over: it is given back, and its readers wait."""
-
-
-class Lost(Exception):
-    """The job is not ours any more: another gateway works on it, or it was ended or deleted."""
 
 
 @dataclass
