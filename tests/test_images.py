@@ -27,7 +27,8 @@ BODY = {"prompt": "a red square", "num_inference_steps": 4}
 def client(gateway):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0)
+        with openai.OpenAI(base_url=f"{gateway.url}/v1", api_key="none", max_retries=0) as client:
+            yield client
 
 
 def opened(data: bytes) -> Image.Image:

@@ -128,6 +128,7 @@ class JobRunner:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(model.mesh.wait_model(), MODEL_PATIENCE_S)
         request = await asyncio.to_thread(model.mesh.request, job.id, params, terms, previews=asked.previews)
+        request = msgspec.structs.replace(request, images=asked.images)
         self._accepting.add(job.id)
         try:
             stored = await self._store.insert(job)
@@ -419,10 +420,10 @@ class JobRunner:
             request = await asyncio.to_thread(
                 mesh.request, job.id, job.params, job.terms, resumed=True, previews=job.asked.previews
             )
-        request = msgspec.structs.replace(traced(request, job.asked), images=job.asked.images)
+            request = msgspec.structs.replace(request, images=job.asked.images)
         output_file = ""
         with contextlib.closing(Recording(self.outputs, live.job)) as recording:
-            async with contextlib.aclosing(mesh.run(request, resumed=resumed)) as events:
+            async with contextlib.aclosing(mesh.run(traced(request, job.asked), resumed=resumed)) as events:
                 async for event in events:
                     seen(event)
                     match event:
