@@ -12,11 +12,12 @@ from typing import Annotated, Any, Literal
 import msgspec
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, Response, StreamingResponse
 
 from gateway.auth import account
 from gateway.body import discard_body, read_body
 from gateway.connection import CLIENT_LEFT, unless_client_leaves
+from gateway.growing import open_when_begun, stream_growing
 from gateway.jobs.bucket import Stored
 from gateway.jobs.outputs import VIDEO_ID, Outputs
 from gateway.jobs.store import Asked, Job, Order
@@ -112,6 +113,26 @@ async def retrieve(job: Existing) -> Response:
 @router.get("/{video_id}/content", response_class=FileResponse)
 async def content(job: Existing, request: Request, here: Here, variant: Literal["video"] = "video") -> Response:
     return await here.delivery.send(await _finished_file(job, here.runner.outputs), request)
+
+
+@router.get("/{video_id}/stream.mp4", response_class=StreamingResponse)
+async def stream(job: Existing, request: Request, here: Here) -> Response:
+    """The video while it is made: a fragmented MP4 from its first decoded frames on, all of it for who comes late.
+
+    The answer begins with the first frames. A job that fails before them is an error, one that fails later closes the
+    connection. Of a job that has ended it is the finished file. Leaving cancels nothing.
+    """
+    log = here.runner.follow(job)
+    if log is None:
+        return await here.delivery.send(await _finished_file(job, here.runner.outputs), request)
+    begun = open_when_begun(log, here.runner.outputs.fragments(job.id))
+    file = await unless_client_leaves(request, begun)
+    if file is not None:
+        return stream_growing(file, log)
+    ended = await unless_client_leaves(request, here.runner.wait(job.id))
+    if ended is None:
+        return Response(status_code=CLIENT_LEFT)
+    return await here.delivery.send(await _finished_file(ended, here.runner.outputs), request)
 
 
 @router.get("/{video_id}/events", response_class=EventSourceResponse)
