@@ -48,7 +48,7 @@ def video_object(job: Job) -> dict[str, Any]:
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
-    """What a generation took of the mesh; zeros until it is completed. Memory is that of the fullest rank, in MiB."""
+    """What a generation took of the mesh; zeros until it has ended. Memory is that of the fullest rank, in MiB."""
     return {
         "queue_s": round(usage.queue_s, 6),
         "rank_seconds": round(usage.rank_seconds, 6),

@@ -33,7 +33,7 @@ from gateway.tracing import traced
 from gateway.watch import Watch
 from runtime.errors import InvalidInput, NotReady, RequestFailed
 from runtime.log import get_logger
-from runtime.protocol import Completed, Progress, Request
+from runtime.protocol import Completed, Progress, Request, Usage
 from runtime.sampling import ResolvedParams, Terms
 
 SAVE_EVERY_S = 0.25
@@ -128,6 +128,7 @@ class JobRunner:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(model.mesh.wait_model(), MODEL_PATIENCE_S)
         request = await asyncio.to_thread(model.mesh.request, job.id, params, terms, previews=asked.previews)
+        request = msgspec.structs.replace(request, images=asked.images)
         self._accepting.add(job.id)
         try:
             stored = await self._store.insert(job)
@@ -385,7 +386,8 @@ class JobRunner:
             if error.code == DRAINING:
                 await self._give_back(live, error.reason)
             status: Status = "cancelled" if error.code == "cancelled" else "failed"
-            await self._end_live(live, status, error_code=error.code, error_message=error.reason)
+            told = {"error_code": error.code, "error_message": error.reason, "usage": error.usage or Usage()}
+            await self._end_live(live, status, **told)
         else:
             measured = {"timings": done.timings, "usage": done.usage}
             await self._end_live(live, "completed", progress=100, output_file=output_file, **measured)
@@ -418,10 +420,10 @@ class JobRunner:
             request = await asyncio.to_thread(
                 mesh.request, job.id, job.params, job.terms, resumed=True, previews=job.asked.previews
             )
-        request = msgspec.structs.replace(traced(request, job.asked), images=job.asked.images)
+            request = msgspec.structs.replace(request, images=job.asked.images)
         output_file = ""
         with contextlib.closing(Recording(self.outputs, live.job)) as recording:
-            async with contextlib.aclosing(mesh.run(request, resumed=resumed)) as events:
+            async with contextlib.aclosing(mesh.run(traced(request, job.asked), resumed=resumed)) as events:
                 async for event in events:
                     seen(event)
                     match event:

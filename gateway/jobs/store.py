@@ -101,7 +101,7 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     timings: dict[str, float] = {}
     """Seconds per stage, once it is completed."""
     usage: Usage = Usage()
-    """Likewise."""
+    """Once it has ended."""
     output_file: str | None = None
     expires_at: float | None = None
     """When it is removed with its files; None: never."""
