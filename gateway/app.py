@@ -33,6 +33,9 @@ from gateway.routes import adapters, health, images, models, server, videos
 from gateway.services import Services
 from runtime.config import Config
 from runtime.errors import InvalidInput, NotReady
+from runtime.log import get_logger
+
+log = get_logger("app")
 
 MAX_BODY_BYTES = 80_000_000
 RETRY_AFTER_S = 5
@@ -95,12 +98,20 @@ def _bucket(config: Config) -> Bucket | None:
 async def _running(*works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
     """Side by side, until the end of the block."""
     tasks = [asyncio.create_task(work) for work in works]
+    for task in tasks:
+        task.add_done_callback(_report_end)
     try:
         yield
     finally:
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _report_end(task: asyncio.Task[None]) -> None:
+    """None of them should end before the application does."""
+    if not task.cancelled() and task.exception() is not None:
+        log.error("a task in the background failed", exc_info=task.exception())
 
 
 def _invalid_input(_request: Request, error: Any) -> Response:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import re
 from dataclasses import dataclass
 from email.utils import formatdate
@@ -12,8 +13,9 @@ from starlette.responses import FileResponse, RedirectResponse, Response, Stream
 
 from gateway.jobs.bucket import Stored
 from gateway.jobs.outputs import Outputs, media_type_of
+from gateway.replies import error_reply
 
-ONE_RANGE = re.compile(r"bytes=(\d*)-(\d*)")
+ONE_RANGE = re.compile(r"bytes=(?=\d*-\d|\d)(\d{0,18})-(\d{0,18})")
 SIGNED_S = 3600.0
 """How long a signed URL is good for."""
 
@@ -33,8 +35,7 @@ class Delivery:
             StorageFailed: the bucket does not answer.
         """
         if isinstance(found, Path):
-            media_type = media_type_of(found.name)
-            return FileResponse(found, media_type=media_type, filename=found.name, content_disposition_type="inline")
+            return await _send_local(found, request)
         if self.redirect and may_redirect:
             return RedirectResponse(await self.outputs.sign(found, SIGNED_S), 302, {"cache-control": "no-store"})
         return self._pass_on(found, request)
@@ -48,9 +49,10 @@ class Delivery:
         }
         if found.etag is not None:
             headers["etag"] = found.etag
-        wanted, status = _wanted(request, found, headers), 200
+        unchanged = request.headers.get("if-range") in {None, headers.get("etag"), headers["last-modified"]}
+        wanted, status = _wanted(request, found.size) if unchanged else (0, found.size), 200
         if wanted is None:
-            return Response(None, 416, {"content-range": f"bytes */{found.size}"})
+            return _no_such_range(found.size)
         first, end = wanted
         if (first, end) != (0, found.size):
             status, headers["content-range"] = 206, f"bytes {first}-{end - 1}/{found.size}"
@@ -58,19 +60,38 @@ class Delivery:
         return StreamingResponse(self.outputs.stream(found, first, end), status, headers, media_type_of(name))
 
 
-def _wanted(request: Request, found: Stored, headers: dict[str, str]) -> tuple[int, int] | None:
-    """The bytes that a client asks for, [first, end); None if there are none such.
+async def _send_local(path: Path, request: Request) -> Response:
+    state = await asyncio.to_thread(path.stat)
+    wanted = _wanted(request, state.st_size)
+    if wanted is None:
+        return _no_such_range(state.st_size)
+    if wanted == (0, state.st_size):
+        # The response would look at what we could not read, and answer in plain text that it cannot either.
+        request.scope["headers"] = [header for header in request.scope["headers"] if header[0] != b"range"]
+    return FileResponse(
+        path,
+        media_type=media_type_of(path.name),
+        filename=path.name,
+        stat_result=state,
+        content_disposition_type="inline",
+    )
 
-    RFC 9110 §14.2: several ranges, or a range of a file that is another by now, may be answered with all of it.
+
+def _wanted(request: Request, size: int) -> tuple[int, int] | None:
+    """The bytes that a client asks for, [first, end); None if the file has none of them.
+
+    All of it for what is not a single range, which is a right answer to any Range header (RFC 9110 §14.2).
     """
     match = ONE_RANGE.fullmatch(request.headers.get("range", "").replace(" ", ""))
-    unless = request.headers.get("if-range")
-    if request.method != "GET" or match is None or match[0] == "bytes=-":
-        return 0, found.size
-    if unless not in {None, headers.get("etag"), headers["last-modified"]}:
-        return 0, found.size
+    if request.method != "GET" or match is None:
+        return 0, size
     if not match[1]:
-        first, end = max(0, found.size - int(match[2])), found.size
+        first, end = max(0, size - int(match[2])), size
     else:
-        first, end = int(match[1]), min(int(match[2]) + 1 if match[2] else found.size, found.size)
+        first, end = int(match[1]), min(int(match[2]) + 1 if match[2] else size, size)
     return (first, end) if first < end else None
+
+
+def _no_such_range(size: int) -> Response:
+    message = f"the file has {size} bytes and none of those that are asked for"
+    return error_reply(416, message, "Range", "range_not_satisfiable", {"content-range": f"bytes */{size}"})
