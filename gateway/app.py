@@ -31,6 +31,7 @@ from gateway.middleware import BodyLimit, Envelope
 from gateway.replies import CODES, error_reply
 from gateway.routes import adapters, health, images, models, server, videos
 from gateway.services import Services
+from gateway.variants import Variants
 from runtime.config import Config
 from runtime.errors import InvalidInput, NotReady
 from runtime.log import get_logger
@@ -53,7 +54,7 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
     inputs = Inputs(Path(config.output_path) / "inputs", allow_private=config.allow_private_urls)
     sweeper = Sweeper(store, outputs, inputs, deliveries, keep_s)
     delivery = Delivery(outputs, config.output_redirect)
-    services = Services(config, catalog, runner, webhooks, delivery, inputs, metrics)
+    services = Services(config, catalog, runner, webhooks, delivery, inputs, metrics, Variants(outputs))
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -67,6 +68,7 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
             await runner.resume()
             stack.push_async_callback(runner.close)
             stack.push_async_callback(services.probe.close)
+            stack.push_async_callback(services.variants.close)
             yield
 
     app = FastAPI(title="framemesh", lifespan=lifespan)

@@ -15,6 +15,7 @@ from gateway.jobs.runner import JobRunner
 from gateway.jobs.webhooks import Webhooks
 from gateway.metrics import Metrics
 from gateway.probe import Probe
+from gateway.variants import Variants
 from runtime.config import Config
 
 
@@ -29,6 +30,7 @@ class Services:
     delivery: Delivery
     inputs: Inputs
     metrics: Metrics
+    variants: Variants
     probe: Probe = field(default_factory=Probe)
     started: float = field(default_factory=time.monotonic)
 

@@ -14,8 +14,9 @@ import contextlib
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Iterable, Sequence, Set
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -24,6 +25,7 @@ from numpy.typing import NDArray
 
 from gateway.jobs.bucket import Bucket, StorageFailed, Stored
 from gateway.jobs.store import Job
+from gateway.media.frames import each_frame
 from gateway.media.metadata import generation_metadata
 from gateway.media.mp4 import FragmentWriter, read_frames, remux_faststart
 from runtime.errors import RequestFailed
@@ -143,7 +145,7 @@ class Outputs:
         """
         name = f"{_checked(image_id, IMAGE_ID)}{suffix}"
         if self._bucket is None:
-            await asyncio.to_thread(_write, self._images / name, content)
+            await asyncio.to_thread(write_whole, self._images / name, content)
             return
         try:
             await self._bucket.put(f"images/{name}", content, media_type_of(name))
@@ -202,7 +204,7 @@ class Outputs:
         except FileNotFoundError:
             # They go only after the final file has come, so looking in this order never falls between the two.
             try:
-                return read_frames(self.local_copy(self.final(video_id).name), first, count)
+                return _stacked(each_frame(self.local_copy(self.final(video_id).name)), first, count)
             except StorageFailed as error:
                 raise FileNotFoundError(str(error)) from error
 
@@ -293,14 +295,8 @@ def media_type_of(file_name: str) -> str:
     return MEDIA_TYPES[Path(file_name).suffix]
 
 
-def _checked(name: str, pattern: re.Pattern[str]) -> str:
-    """Every path is made of an id that holds nothing but letters and digits, so none leaves the folder."""
-    if not pattern.fullmatch(name):
-        raise ValueError(f"{name!r} is no {pattern.pattern.partition('_')[0]} id")
-    return name
-
-
-def _write(path: Path, content: bytes) -> None:
+def write_whole(path: Path, content: bytes) -> None:
+    """A file that appears whole or not at all; blocks."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     try:
@@ -308,6 +304,18 @@ def _write(path: Path, content: bytes) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _checked(name: str, pattern: re.Pattern[str]) -> str:
+    """Every path is made of an id that holds nothing but letters and digits, so none leaves the folder."""
+    if not pattern.fullmatch(name):
+        raise ValueError(f"{name!r} is no {pattern.pattern.partition('_')[0]} id")
+    return name
+
+
+def _stacked(frames: Iterator[NDArray[np.uint8]], first: int, count: int) -> NDArray[np.uint8]:
+    wanted = list(islice(frames, first, first + count))
+    return np.stack(wanted) if wanted else np.empty((0, 0, 0, 3), np.uint8)
 
 
 def _unlink(paths: Iterable[Path]) -> None:

@@ -27,6 +27,7 @@ from gateway.schema import VideoCreate, VideoRemix, resolve
 from gateway.services import Here, Services
 from gateway.stream import tell_ended, tell_live
 from gateway.tracing import traceparent
+from gateway.variants import Variant
 from runtime.errors import InvalidInput
 from runtime.sampling import check_terms
 
@@ -111,8 +112,17 @@ async def retrieve(job: Existing) -> Response:
 
 
 @router.get("/{video_id}/content", response_class=FileResponse)
-async def content(job: Existing, request: Request, here: Here, variant: Literal["video"] = "video") -> Response:
-    return await here.delivery.send(await _finished_file(job, here.runner.outputs), request)
+async def content(
+    job: Existing, request: Request, here: Here, variant: Literal["video", Variant] = "video"
+) -> Response:
+    """The video, or what is made from it: a thumbnail (WebP) or a sprite sheet of up to 16 of its frames (JPEG)."""
+    if variant == "video":
+        return await here.delivery.send(await _finished_file(job, here.runner.outputs), request)
+    try:
+        found = await here.variants.get(job, _name_of_finished(job, here.runner.outputs), variant)
+    except FileNotFoundError:
+        raise _removed(job) from None
+    return await here.delivery.send(found, request)
 
 
 @router.get("/{video_id}/stream.mp4", response_class=StreamingResponse)
@@ -216,14 +226,22 @@ async def _made(job: Job, request: Request, here: Services) -> Response:
 
 
 async def _finished_file(job: Job, outputs: Outputs) -> Path | Stored:
+    found = await outputs.video(_name_of_finished(job, outputs))
+    if found is None:
+        raise _removed(job)
+    return found
+
+
+def _name_of_finished(job: Job, outputs: Outputs) -> str:
     if job.status != "completed":
         reason = job.error_message or f"it is {job.status.replace('_', ' ')}"
         code = f"video_{job.status}" if job.finished else "video_not_ready"
         raise InvalidInput("video_id", f"{job.id} has no content: {reason}", code=code)
-    found = await outputs.video(job.output_file or outputs.final(job.id).name)
-    if found is None:
-        raise InvalidInput("video_id", f"the file of {job.id} was removed", code="video_not_found")
-    return found
+    return job.output_file or outputs.final(job.id).name
+
+
+def _removed(job: Job) -> InvalidInput:
+    return InvalidInput("video_id", f"the file of {job.id} was removed", code="video_not_found")
 
 
 def _poll_after_ms(eta_s: float | None) -> int:
