@@ -48,7 +48,8 @@ NOT_FOUND = {"model_not_found", "video_not_found", "image_not_found"}
 def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
     """The gateway over its models. It owns their meshes and the store: opens them when it starts, closes them at its
     end."""
-    metrics, outputs, deliveries = Metrics(), Outputs(Path(config.output_path), _bucket(config)), Deliveries(store)
+    metrics, deliveries = Metrics(), Deliveries(store)
+    outputs = Outputs(Path(config.output_path), _bucket(config), metadata=config.metadata)
     webhooks, keep_s = Webhooks(deliveries, config), 3600 * config.keep_results_hours
     runner = JobRunner(catalog, store, outputs, metrics, webhooks, keep_s)
     inputs = Inputs(Path(config.output_path) / "inputs", allow_private=config.allow_private_urls)

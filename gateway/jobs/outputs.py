@@ -73,9 +73,14 @@ class OldFile:
 
 
 class Outputs:
-    """The folder of results, and the bucket that finished files go to if there is one."""
+    """The folder of results, and the bucket that finished files go to if there is one.
 
-    def __init__(self, output_path: Path, bucket: Bucket | None = None) -> None:
+    Args:
+        metadata: videos say how they were made.
+    """
+
+    def __init__(self, output_path: Path, bucket: Bucket | None = None, *, metadata: bool = True) -> None:
+        self.metadata = metadata
         self._folder = output_path / "videos"
         self._images = output_path / "images"
         self._cache = output_path / "cache"
@@ -267,6 +272,7 @@ class Recording:
     def __init__(self, outputs: Outputs, job: Job) -> None:
         self._fragments = outputs.fragments(job.id)
         self._final = outputs.final(job.id)
+        self._with_metadata = outputs.metadata
         self._job = job
         self._writer: FragmentWriter | None = None
 
@@ -274,7 +280,7 @@ class Recording:
         """Append (n, height, width, 3) RGB frames; when it returns they can be read back."""
         if self._writer is None:
             params = self._job.params
-            metadata = generation_metadata(params, self._job.model, timings)
+            metadata = generation_metadata(params, self._job.model, timings) if self._with_metadata else None
             self._writer = FragmentWriter(self._fragments, params.width, params.height, params.fps, metadata)
         self._writer.write(pixels)
 

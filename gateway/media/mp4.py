@@ -38,13 +38,13 @@ class FragmentWriter:
     Args:
         path: the file, replaced if it exists.
         width, height: pixels, even, because the video is stored as yuv420p.
-        metadata: kept as JSON in the container's ``comment``.
+        metadata: kept as JSON in the container's ``comment``, if there is any.
 
     Raises:
         ValueError: an odd width or height.
     """
 
-    def __init__(self, path: Path, width: int, height: int, fps: int, metadata: dict[str, object]) -> None:
+    def __init__(self, path: Path, width: int, height: int, fps: int, metadata: dict[str, object] | None) -> None:
         if width % 2 or height % 2:
             raise ValueError(f"yuv420p needs even sides, got {width}x{height}")
         self._shape = (height, width, 3)
@@ -52,7 +52,8 @@ class FragmentWriter:
         self._num_fragments = 0
         header = io.BytesIO()
         self._encoder = _open_muxer(header, FRAGMENTS)
-        self._encoder.metadata["comment"] = to_json(metadata)
+        if metadata is not None:
+            self._encoder.metadata["comment"] = to_json(metadata)
         self._stream = _add_h264(self._encoder, width, height, fps)
         self._encoder.start_encoding()
         self._file = path.open("wb")
