@@ -19,6 +19,7 @@ from sqlalchemy import URL
 
 from gateway.app import create_app
 from gateway.catalog import Catalog, Model
+from gateway.http1 import Http
 from gateway.jobs.store import JobStore
 from gateway.mesh import Mesh
 from runtime.config import Config, load_frozen
@@ -81,8 +82,9 @@ async def serve(config: Config, card: Card, scheduler: str, frames: str) -> None
     listening = listen(config.host, config.port)
     store = JobStore(URL.create("sqlite", database=str(Path(config.output_path) / "jobs.sqlite3")))
     mesh = Mesh(scheduler, frames, batching_delay_s=config.batching_delay_ms / 1000)
-    app = create_app(config, Catalog([Model(config.model_name, card, mesh)]), store)
-    settings = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S)
+    model = Model(config.model_name, card, mesh, config.served_model_name[1:])
+    app = create_app(config, Catalog([model], allow_any=config.allow_any_model), store)
+    settings = uvicorn.Config(app, http=Http, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S)
     host = f"[{config.host}]" if ":" in config.host else config.host
     await Server(settings, f"http://{host}:{listening.getsockname()[1]}").serve([listening])
 

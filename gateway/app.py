@@ -13,28 +13,32 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from gateway.auth import Authentication, Keyring
 from gateway.catalog import Catalog
 from gateway.jobs.outputs import Outputs
 from gateway.jobs.runner import JobRunner
 from gateway.jobs.store import JobStore
+from gateway.limits import Admission, Refused
 from gateway.mesh import DRAINING
 from gateway.middleware import BodyLimit, Envelope
-from gateway.replies import CODES, error_reply
-from gateway.routes import health, images, models, videos
-from gateway.services import Services
+from gateway.openapi import ERRORS, describe
+from gateway.replies import CODES, error_reply, retry_after
+from gateway.routes import health, images, models, tokens, videos
+from gateway.services import Services, services
 from runtime.config import Config
 from runtime.errors import InvalidInput, NotReady
 
 MAX_BODY_BYTES = 80_000_000
-RETRY_AFTER_S = 5
-"""Weights take minutes to load; the SDK gives up after two retries whatever we say."""
 NOT_FOUND = {"model_not_found", "video_not_found", "image_not_found"}
 """What `InvalidInput` calls things that do not exist."""
+STATUS = {"unsupported_media_type": 415}
+"""Of other refusals that HTTP has a number for."""
 
 
 def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
     """The gateway over its models. It owns their meshes and the store: opens them when it starts, closes them at its
     end."""
+    keyring = Keyring(config)
     runner = JobRunner(catalog, store, Outputs(Path(config.output_path)))
 
     @contextlib.asynccontextmanager
@@ -48,26 +52,35 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
             stack.push_async_callback(runner.close)
             yield
 
-    app = FastAPI(title="framemesh", lifespan=lifespan)
-    app.state.services = Services(config, catalog, runner)
-    for routes in (videos, images, models, health):
+    app = FastAPI(title="framemesh", lifespan=lifespan, responses=ERRORS)
+    describe(app, protected=not keyring.is_open)
+    app.state.services = Services(config, catalog, runner, Admission(config, catalog, runner))
+    for routes in (videos, images, models, tokens, health):
         app.include_router(routes.router)
     app.add_exception_handler(InvalidInput, _invalid_input)
     app.add_exception_handler(NotReady, _not_ready)
+    app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(RequestValidationError, _validation_failed)
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
+    app.add_middleware(Authentication, keyring=keyring, protect_metrics=config.protect_metrics)
     app.add_middleware(Envelope)
     return app
 
 
 def _invalid_input(_request: Request, error: Any) -> Response:
-    return error_reply(404 if error.code in NOT_FOUND else 400, str(error), error.field, error.code)
+    status = 404 if error.code in NOT_FOUND else STATUS.get(error.code, 400)
+    return error_reply(status, str(error), error.field, error.code)
 
 
-def _not_ready(_request: Request, error: Any) -> Response:
+def _not_ready(request: Request, error: Any) -> Response:
     code = DRAINING if error.draining else "model_loading"
-    return error_reply(503, f"not ready: {error}", None, code, {"retry-after": str(RETRY_AFTER_S)})
+    later = retry_after(services(request).admission.retry_after_s(error))
+    return error_reply(503, f"not ready: {error}", None, code, later)
+
+
+def _refused(_request: Request, error: Any) -> Response:
+    return error_reply(429, str(error), None, error.code, retry_after(error.retry_after_s))
 
 
 def _validation_failed(_request: Request, error: Any) -> Response:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 import msgspec
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.requests import Request
 
+from gateway.schema import Generation
+from gateway.services import services
 from runtime.errors import InvalidInput
 
 MAX_FORM_FIELDS = 200
@@ -21,6 +24,9 @@ MAX_PART_BYTES = 70_000_000
 
 NESTED = ("extra_body", "extra_params")
 """Fields that hold further fields: what SGLang and vLLM-Omni clients send."""
+
+BODY_TYPES = ("application/json", "text/json", "application/x-www-form-urlencoded")
+"""Besides multipart; none at all is JSON too."""
 
 Fields = dict[str, Any]
 Body = TypeVar("Body", bound=BaseModel)
@@ -35,10 +41,27 @@ async def read_body(request: Request, kind: type[Body]) -> Body:
     fields = {name: value for name, value in _merge_nested(await _read_fields(request)).items() if value is not None}
     if fields.get("input_reference") is not None:
         raise InvalidInput("input_reference", "text-to-video models take no image", code="unsupported_parameter")
+    lenient = services(request).config.lenient and issubclass(kind, Generation)
+    ignored = list(_drop_what_is_unknown(fields, kind)) if lenient else []
     try:
-        return kind.model_validate(fields)
+        body = kind.model_validate(fields)
     except ValidationError as error:
         raise _as_invalid_input(error, kind) from error
+    if lenient and isinstance(body, Generation):
+        body.be_lenient(ignored)
+    return body
+
+
+def _drop_what_is_unknown(fields: Fields, kind: type[BaseModel]) -> Iterator[str]:
+    """Take out the fields that are no parameter and the values that are no choice; a warning for each."""
+    try:
+        kind.model_validate(fields)
+    except ValidationError as error:
+        for complaint in error.errors(include_url=False):
+            field = complaint["loc"][0] if complaint["loc"] else None
+            if complaint["type"] in {"extra_forbidden", "literal_error"} and field in fields:
+                del fields[field]
+                yield f"{_complain(complaint, kind)}; it was ignored"
 
 
 async def _read_fields(request: Request) -> Fields:
@@ -47,6 +70,9 @@ async def _read_fields(request: Request) -> Fields:
         limits = {"max_files": MAX_FORM_FILES, "max_fields": MAX_FORM_FIELDS, "max_part_size": MAX_PART_BYTES}
         async with request.form(**limits) as form:
             return unbracket(form.multi_items())
+    if content_type and content_type not in BODY_TYPES and not content_type.endswith("+json"):
+        message = f"{content_type} is not read here; take application/json or multipart/form-data"
+        raise InvalidInput("content-type", message, code="unsupported_media_type")
     raw = await request.body()
     # `curl -d '{…}'` without a header calls its JSON a form.
     if content_type == "application/x-www-form-urlencoded" and not raw.lstrip().startswith(b"{"):
@@ -123,8 +149,12 @@ def _merge_nested(fields: Fields) -> Fields:
 
 
 def _as_invalid_input(error: ValidationError, kind: type[BaseModel]) -> InvalidInput:
-    """The first complaint in OpenAI's words."""
-    first = error.errors(include_url=False)[0]
+    """The first complaint."""
+    return _complain(error.errors(include_url=False)[0], kind)
+
+
+def _complain(first: ErrorDetails, kind: type[BaseModel]) -> InvalidInput:
+    """In OpenAI's words."""
     field = str(first["loc"][0]) if first["loc"] else "body"
     if first["type"] == "missing":
         return InvalidInput(field, "is required", code="missing_required_parameter")

@@ -18,13 +18,18 @@ class Model:
     name: str
     card: Card
     mesh: Mesh
+    aliases: tuple[str, ...] = ()
+    """Further names that clients may use."""
 
 
 class Catalog:
     """At least one model; the first is the one that a request without a name means."""
 
-    def __init__(self, models: Sequence[Model]) -> None:
+    def __init__(self, models: Sequence[Model], *, allow_any: bool = False) -> None:
+        """`allow_any` takes every other name for the first model's."""
         self._models = {model.name: model for model in models}
+        self._names = {alias: model for model in models for alias in model.aliases} | self._models
+        self._allow_any = allow_any
 
     def __iter__(self) -> Iterator[Model]:
         return iter(self._models.values())
@@ -34,7 +39,7 @@ class Catalog:
         return next(iter(self))
 
     def get(self, name: str) -> Model | None:
-        return self._models.get(name)
+        return self._names.get(name)
 
     def find(self, name: str | None) -> Model:
         """The model of that name.
@@ -43,8 +48,10 @@ class Catalog:
             InvalidInput: there is none.
         """
         found = self.default if name is None else self.get(name)
+        if found is None and self._allow_any:
+            return self.default
         if found is None:
-            message = f"{name!r} does not exist here; this server has {', '.join(map(repr, self._models))}"
+            message = f"{name!r} does not exist here; this server has {', '.join(map(repr, self._names))}"
             raise InvalidInput("model", message, code="model_not_found")
         return found
 

@@ -30,13 +30,14 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         began, request_id, status = time.monotonic(), _request_id(Headers(scope=scope)), 0
-        scope.setdefault("state", {})["request_id"] = request_id
+        more: dict[str, str] = {}
+        scope.setdefault("state", {}).update(request_id=request_id, answer_headers=more)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                MutableHeaders(scope=message).update(more | {"x-request-id": request_id})
             await send(message)
 
         try:
@@ -56,6 +57,12 @@ class Envelope:
 def request_id(request: Request) -> str:
     """Of the call that is being answered; the answer's `x-request-id`."""
     found: str = request.state.request_id
+    return found
+
+
+def answer_headers(request: Request) -> dict[str, str]:
+    """Headers that the answer will have, whatever it is; for adding to."""
+    found: dict[str, str] = request.state.answer_headers
     return found
 
 

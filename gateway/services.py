@@ -9,6 +9,7 @@ from fastapi import Depends, Request
 
 from gateway.catalog import Catalog
 from gateway.jobs.runner import JobRunner
+from gateway.limits import Admission
 from runtime.config import Config
 
 
@@ -19,6 +20,7 @@ class Services:
     config: Config
     catalog: Catalog
     runner: JobRunner
+    admission: Admission
 
 
 def services(request: Request) -> Services:

@@ -86,7 +86,7 @@ def _run(argv: list[str]) -> int:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
-    for command in (serve, generate, run, tune, top, jobs, cancel, drain, models, env, doctor, keygen):
+    for command in (serve, generate, run, tune, top, jobs, cancel, drain, models, env, doctor, keygen, apikey):
         app.command(command)
     return app(intake.tokens) or 0
 
@@ -317,6 +317,19 @@ def keygen(*, curve_dir: CurveDir = None, name: str | None = None) -> int:
     return make_pair(Path(curve_dir) if curve_dir else None, name)
 
 
+def apikey(name: Annotated[str, Parameter(name="NAME", help="Of whom the key is for.")], /) -> int:
+    """Make an API key and the line that lets it in; the key is shown once and kept nowhere."""
+    from runtime.apikeys import line_for, new_key
+
+    secret = new_key()
+    line = line_for(name, secret)
+    _say(f"The key, for {name} alone; it is shown this once:")
+    print(secret)
+    _say("The line for --api-keys-file (a file of mode 0600) or FRAMEMESH_API_KEYS:")
+    print(line)
+    return 0
+
+
 def _use_keys(curve_dir: str | None) -> None:
     from runtime.keys import load_keys
     from runtime.wire import set_keys
@@ -348,6 +361,7 @@ def prepare(
     try_folder(Path(config.output_path))
     if http:
         try_port(config.host, config.port)
+        _check_keys_file(config)
     folder, card = _card_of(config.model_path, config.revision)
     config = _fit_layout(config, card)
     _check_encoders(config, folder)
@@ -365,6 +379,13 @@ def _fit_layout(config: Config, card: Card) -> Config:
     from runtime.models.card import most_branches
 
     return fit_layout(config, card, most_branches(card))
+
+
+def _check_keys_file(config: Config) -> None:
+    if config.api_keys_file is not None:
+        from runtime.apikeys import read_keys
+
+        read_keys(Path(config.api_keys_file).expanduser())
 
 
 def _check_encoders(config: Config, folder: Path) -> None:

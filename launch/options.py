@@ -48,7 +48,23 @@ NAMES = [*SETTINGS, *LATER, *ALIASES]
 COMMANDS = {"serve": CONFIG, "generate": SETTINGS, "run": SETTINGS, "doctor": CONFIG}
 """Which settings each command works with."""
 
-HTTP_ONLY = frozenset({"host", "port", "served_model_name", "batching_delay_ms"})
+HTTP_ONLY = frozenset(
+    {
+        "host",
+        "port",
+        "served_model_name",
+        "batching_delay_ms",
+        "allow_any_model",
+        "api_keys_file",
+        "api_keys",
+        "protect_metrics",
+        "rate_limit",
+        "max_concurrent_per_key",
+        "max_queue",
+        "max_pixels",
+        "lenient",
+    }
+)
 """Settings of the HTTP server, which `generate` does not start."""
 
 BOOLEANS = frozenset(
@@ -296,7 +312,8 @@ def _check_shape(hint: Any, value: Any, spelling: str) -> None:
     """Refuse what would turn into a value that nobody wrote: YAML reads `no` as false and `010` as 8."""
     if isinstance(value, dict) or (isinstance(value, list) and not _is_list(hint)):
         raise InvalidInput(spelling, f"takes one value, not {value!r}")
-    if str in (hint, *get_args(hint)) and not isinstance(value, str):
+    items = value if isinstance(value, list) else [value]
+    if str in (hint, *get_args(hint)) and not all(isinstance(item, str) for item in items):
         raise InvalidInput(spelling, f"{value!r} is not text; put it in quotes")
 
 

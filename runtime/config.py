@@ -12,6 +12,7 @@ from typing import Literal
 
 import msgspec
 
+from runtime.apikeys import parse_keys, parse_rate
 from runtime.bounds import MAX_PROMPT_CHARS
 from runtime.errors import InvalidInput
 from runtime.layout import Heads, Layout, derive_layout
@@ -45,8 +46,11 @@ class Config:
     """A diffusers folder, a Hugging Face model id, or "demo" (the model shipped with framemesh)."""
     revision: str | None = None
     """Branch, tag or commit of a model id."""
-    served_model_name: str | None = None
-    """Name under which clients know the model; unset: the model path."""
+    served_model_name: tuple[str, ...] = ()
+    """Names under which clients know the model: the first is the one in answers, the others are aliases. Unset: the
+    model path."""
+    allow_any_model: bool = False
+    """Take a request for a model that is not served here as one for the first model."""
     backend: Literal["auto", "framemesh", "sglang"] = "auto"
     """auto or framemesh (alias sglang): the native families; a model outside them is refused."""
 
@@ -114,6 +118,24 @@ class Config:
     max_prompt_chars: int = 20_000
     """Longest prompt that is tokenized at all."""
 
+    api_keys_file: str | None = None
+    """File of the API keys that are let in, mode 0600, lines made by `framemesh apikey NAME`; it is read again when it
+    changes. Unset, and without --api-keys: everybody may ask."""
+    api_keys: tuple[str, ...] = ()
+    """API keys as lines of such a file: NAME:SHA256, with :rate=60/minute and :concurrent=4 if these differ."""
+    protect_metrics: bool = False
+    """Ask for an API key at /metrics too."""
+    rate_limit: str | None = None
+    """Requests for videos and images that one API key may make in a time, such as 60/minute; unset: no limit."""
+    max_concurrent_per_key: int | None = None
+    """Videos and images of one API key that may be unfinished at once; unset: no limit."""
+    max_queue: int = 1000
+    """Requests that may wait at this gateway; 0: no limit."""
+    max_pixels: int | None = None
+    """Most pixels of one request: width * height * frames * images; unset: no limit but the model's."""
+    lenient: bool = False
+    """Ignore fields that are unknown and values that cannot be had, and say so in `warnings`, instead of refusing."""
+
     checkpoint_every_steps: int = 10
     """Denoising steps between two checkpoints of a request; 0 writes none, so that after a crash it starts again."""
     spool_dir: str | None = None
@@ -160,7 +182,7 @@ class Config:
 
     @property
     def model_name(self) -> str:
-        return self.served_model_name or self.model_path
+        return self.served_model_name[0] if self.served_model_name else self.model_path
 
 
 def check_config(config: Config) -> None:
@@ -170,6 +192,7 @@ def check_config(config: Config) -> None:
         InvalidInput: names the field.
     """
     _check_parallel(config)
+    _check_admission(config)
     if not 0 <= config.port <= 65535:
         raise InvalidInput("port", f"{config.port} is not a port; take 0 (any free one) to 65535")
     if not config.vae_config.load_decoder:
@@ -190,6 +213,22 @@ def check_config(config: Config) -> None:
         value = getattr(config.vae_config, name)
         if value is not None and value < 64:
             raise InvalidInput(f"vae_config.{name}", f"{value} is below the smallest tile of 64 pixels")
+
+
+def _check_admission(config: Config) -> None:
+    parse_keys("api_keys", config.api_keys)
+    if config.rate_limit is not None:
+        parse_rate("rate_limit", config.rate_limit)
+    for name in ("max_concurrent_per_key", "max_pixels"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InvalidInput(name, f"{value} would let nothing in; take 1 or more, or leave it out")
+    if config.max_queue < 0:
+        raise InvalidInput("max_queue", f"{config.max_queue} is negative; take 0 (no limit) or more")
+    if not all(config.served_model_name):
+        raise InvalidInput("served_model_name", "holds an empty name")
+    if len(set(config.served_model_name)) < len(config.served_model_name):
+        raise InvalidInput("served_model_name", "holds the same name twice")
 
 
 def _check_parallel(config: Config) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+import msgspec
+
 from runtime.errors import PeerGone
 from runtime.log import get_logger
 from runtime.protocol import (
@@ -40,6 +42,9 @@ BEAT_S = 1.0
 """How often gateways and supervisors are written to, news or not: only a send shows who is gone, and only silence
 tells them that we are."""
 
+BACKLOG_CHANGE = 0.1
+"""Gateways hear of the backlog when it has changed by this part, with a beat."""
+
 MOST_TOLD = 1000
 
 log = get_logger("engine")
@@ -65,6 +70,7 @@ class Engine:
         self._model: ModelInfo | None = None
         self._reason = "the workers are starting"
         self._beaten = 0.0
+        self._backlog_told = 0.0
         self._trace = trace
         self._step_times = StepTimes()
         self._told: set[bytes] = set()
@@ -224,8 +230,17 @@ class Engine:
             self._beaten = now
             for gateway in tuple(self._gateways):
                 self._tell_gateway(gateway, Welcome(self._epoch), now)
+            self._tell_backlog(now)
             for supervisor in self._supervisors:
                 self._send(supervisor, Welcome(self._epoch))
+
+    def _tell_backlog(self, now: float) -> None:
+        backlog = self._scheduler.backlog_s
+        if abs(backlog - self._backlog_told) > BACKLOG_CHANGE * self._backlog_told:
+            self._backlog_told = backlog
+            news = msgspec.structs.replace(self._state(now), model=None)
+            for gateway in tuple(self._gateways):
+                self._tell_gateway(gateway, news, now)
 
     def _start(self, item: WorkItem, now: float) -> None:
         for rank in item.ranks:
@@ -279,6 +294,7 @@ class Engine:
             scheduler.losses.total,
             scheduler.draining,
             scheduler.losses.crash_loop(now),
+            scheduler.backlog_s,
         )
 
     def _stop_when_drained(self, now: float) -> None:

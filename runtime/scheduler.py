@@ -318,6 +318,11 @@ class Scheduler:
         """(place in its key's line, predicted seconds until its last frame if nothing else arrives)."""
         return outlook(record, self._active.values(), self._queue, self.predictions, self.limits)
 
+    @property
+    def backlog_s(self) -> float:
+        """Predicted seconds until every accepted request is done, one after the other."""
+        return sum(record.remaining_s for record in self._requests.values())
+
     def _next_item(self, waiting: Waiting, free: list[int], now: float) -> Encode | Denoise | Decode | None:
         self._fair.wait(set(waiting))
         admitting = True

@@ -112,6 +112,8 @@ class FakeMesh:
     gave_up: str = ""
     hellos: list[int] = field(default_factory=list)
     """The epoch in which each gateway's hello came."""
+    backlog_s: float = 0.0
+    """What it predicts for all that it has accepted."""
 
     def __post_init__(self) -> None:
         self.model = demo_model()
@@ -296,6 +298,9 @@ class FakeMesh:
             self._gateways.pop(gateway, None)
 
     def _state(self) -> MeshState:
+        return msgspec.structs.replace(self._readiness(), backlog_s=self.backlog_s)
+
+    def _readiness(self) -> MeshState:
         if self.gave_up:
             return MeshState(False, self.gave_up, 0, 2, self.model, gave_up=True)
         if self.draining:

@@ -19,6 +19,7 @@ from fake_mesh import FakeMesh
 from gateway.__main__ import listen
 from gateway.app import create_app
 from gateway.catalog import Catalog, Model
+from gateway.http1 import Http
 from gateway.jobs.runner import JobRunner
 from gateway.jobs.store import JobStore
 from gateway.media.mp4 import read_frames
@@ -51,10 +52,11 @@ class Gateway:
         self._loop = asyncio.get_running_loop()
         frames = f"ipc://{self.fake.folder}/frames{id(self)}"
         mesh = Mesh(self.fake.endpoint, frames, batching_delay_s=self.config.batching_delay_ms / 1000)
-        catalog = Catalog([Model(self.config.model_name, self.fake.card, mesh)])
+        model = Model(self.config.model_name, self.fake.card, mesh, self.config.served_model_name[1:])
+        catalog = Catalog([model], allow_any=self.config.allow_any_model)
         store = JobStore(f"sqlite:///{self.config.output_path}/jobs.sqlite3")
         self.app = create_app(self.config, catalog, store, max_body_bytes=self._max_body_bytes)
-        settings = uvicorn.Config(self.app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+        settings = uvicorn.Config(self.app, http=Http, log_config=None, access_log=False, timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(settings)
         self._loop.call_soon(self._started.set)
         await self._server.serve([self._listening])

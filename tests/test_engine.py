@@ -20,6 +20,7 @@ from runtime.engine import Engine
 from runtime.layout import Layout
 from runtime.models.card import card_for
 from runtime.protocol import (
+    Cancel,
     Cancelled,
     Checkpoint,
     Checkpointed,
@@ -241,6 +242,27 @@ def test_a_request_goes_to_the_ranks_and_back(stage):
         *((2, rank, "Denoise", 1, {"r1": 0}) for rank in (0, 1)),
         (3, 0, "Decode", 1, {"r1": 0}),
     ]
+
+
+def test_gateways_hear_how_much_work_there_is(stage):
+    gateway = stage.gateway()
+    gateway.send(Submit((request("r1"), request("r2"))))
+    news = gateway.expect(MeshState, lambda state: state.backlog_s > 0)
+    assert news.backlog_s == pytest.approx(2 * stage.scheduler.requests["r1"].remaining_s)
+    gateway.send(Cancel("r2"))
+    assert gateway.expect(MeshState).backlog_s == pytest.approx(news.backlog_s / 2)
+    gateway.send(Cancel("r1"))
+    assert gateway.expect(MeshState).backlog_s == 0
+    gateway.expect(Welcome)
+    gateway.hears_none(MeshState)
+
+
+def test_news_of_the_backlog_leaves_the_model_out(stage):
+    gateway, _ = stage.gateway(), stage.ranks()
+    assert gateway.expect(MeshState, lambda state: state.ready).model == MODEL
+    gateway.send(Submit((request("r1"),)))
+    news = gateway.expect(MeshState)
+    assert (news.ready, news.model) == (True, None)
 
 
 def test_a_trace_goes_on_where_that_of_an_earlier_scheduler_ended(tmp_path):

@@ -620,7 +620,7 @@ def test_after_a_restart_with_another_model_old_jobs_fail_with_the_reason(start,
     first = start()
     video_id = first.create()
     first.close()
-    video = start(served_model_name="other").video(video_id)
+    video = start(served_model_name=("other",)).video(video_id)
     assert (video["status"], video["error"]["code"]) == ("failed", "model_changed")
 
 

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, ParamSpec, TypeVar
 
@@ -83,7 +83,9 @@ class JobRunner:
         # Whoever heard from the launcher that the mesh is ready may be here before the news of it.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(model.mesh.wait_model(), MODEL_PATIENCE_S)
-        request = await asyncio.to_thread(model.mesh.request, job.id, params, terms)
+        request, warnings = await asyncio.to_thread(_tokenize, model, job)
+        asked = msgspec.structs.replace(asked, warnings=(*asked.warnings, *warnings))
+        job = msgspec.structs.replace(job, asked=asked)
         stored = await self._store.insert(job)
         if stored.id == job.id:
             self._start(job, model, request)
@@ -122,6 +124,10 @@ class JobRunner:
     async def list(self, after: str | None, limit: int, order: Order) -> Page:
         page = await self._store.list(after, limit, order)
         return Page([self._newest(job) for job in page.jobs], page.has_more)
+
+    def under_way(self) -> Iterator[Job]:
+        """Every job that has a task in this process, as it is now."""
+        return (live.job for live in self._live.values())
 
     def events(self, job_id: str) -> EventLog | None:
         """The event log of a job that runs in this process."""
@@ -290,6 +296,11 @@ class JobRunner:
         if ended.status != "completed":
             await asyncio.to_thread(self.outputs.delete, job.id)
         return ended
+
+
+def _tokenize(model: Model, job: Job) -> tuple[Request, tuple[str, ...]]:
+    """(what goes to the mesh, what of the prompts no encoder will read)."""
+    return model.mesh.request(job.id, job.params, job.terms), model.mesh.warnings(job.params)
 
 
 def new_video_id() -> str:

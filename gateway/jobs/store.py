@@ -50,6 +50,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     safety_identifier: str | None = None
     remixed_from: str | None = None
     """The video whose parameters were taken over."""
+    warnings: tuple[str, ...] = ()
+    """What was asked for and is not in the result."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

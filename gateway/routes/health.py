@@ -5,19 +5,22 @@ from __future__ import annotations
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from gateway.openapi import Health, Live, answers
 from gateway.replies import reply
 from gateway.services import Here
 
 router = APIRouter(prefix="/health")
 
+_READINESS = answers(Health) | {503: {"model": Health, "description": "Not ready, and why."}}
 
-@router.get("/live")
+
+@router.get("/live", responses=answers(Live))
 async def live() -> Response:
     return reply({"status": "live"})
 
 
-@router.get("")
-@router.get("/ready")
+@router.get("", responses=_READINESS)
+@router.get("/ready", responses=_READINESS)
 async def ready(here: Here) -> Response:
     state = here.catalog.default.mesh.state
     answer = {"reason": state.reason, "ranks_ready": state.ranks_ready, "num_ranks": state.num_ranks}

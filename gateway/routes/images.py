@@ -6,7 +6,6 @@ import asyncio
 import base64
 import contextlib
 import re
-import secrets
 import time
 from collections.abc import Coroutine
 from dataclasses import dataclass
@@ -17,13 +16,14 @@ import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import FileResponse, Response
 
-from gateway.auth import account
+from gateway.auth import account, caller, is_owned, owned_id, token_for
 from gateway.body import read_body
 from gateway.catalog import Model
 from gateway.jobs.runner import MODEL_PATIENCE_S
 from gateway.media.metadata import generation_metadata
 from gateway.media.stills import FULL_QUALITY, still
 from gateway.mesh import Frames
+from gateway.openapi import Images, answers, answers_bytes, body_of
 from gateway.replies import error_body, reply
 from gateway.schema import ImageCreate, resolve
 from gateway.services import Here, services
@@ -36,6 +36,8 @@ CLIENT_LEFT = 499
 """For the access log; nobody reads the answer."""
 STATUS = {"out_of_memory": 400, "draining": 503, "gateway_lost": 503}
 """Of a request that failed; everything else is 500."""
+
+_FILES = answers_bytes("image/png", "image/webp", "image/jpeg", ranges=True)
 
 router = APIRouter(prefix="/v1/images")
 
@@ -50,13 +52,7 @@ class Picture:
     timings: dict[str, float]
 
 
-_BODY = {"schema": ImageCreate.model_json_schema()}
-_CREATE = {
-    "requestBody": {"required": True, "content": {"application/json": _BODY, "multipart/form-data": _BODY}},
-}
-
-
-@router.post("/generations", openapi_extra=_CREATE)
+@router.post("/generations", openapi_extra=body_of(ImageCreate), responses=answers(Images))
 async def generate(request: Request, here: Here) -> Response:
     if "idempotency-key" in request.headers:
         raise InvalidInput("Idempotency-Key", "is for /v1/videos; an image is answered at once and not remembered")
@@ -65,7 +61,8 @@ async def generate(request: Request, here: Here) -> Response:
     params = resolve(body, model.card, here.config.max_prompt_chars)
     created = int(time.time())
     try:
-        pictures = await _unless_client_leaves(request, _make_all(request, model, body, params))
+        async with here.admission.entered(request, model, params, body.n):
+            pictures = await _unless_client_leaves(request, _make_all(request, model, body, params))
     except RequestFailed as error:
         return _failed(error)
     if pictures is None:
@@ -73,11 +70,12 @@ async def generate(request: Request, here: Here) -> Response:
     return reply(await _answer(request, model, body, params, created, pictures))
 
 
-@router.get("/{image_id}/content", name="image_content", response_class=FileResponse)
+@router.get("/{image_id}/content", name="image_content", response_class=FileResponse, responses=_FILES)
 async def content(image_id: str, request: Request) -> Response:
     folder = _folder(request)
     found = sorted(folder.glob(f"{image_id}.*")) if IMAGE_ID.fullmatch(image_id) else []
-    if not found:
+    asking = caller(request)
+    if not found or not (asking.key is None or is_owned(image_id, asking.name)):
         raise InvalidInput("image_id", f"there is no image {image_id!r}", code="image_not_found")
     media_type = f"image/{found[0].suffix.removeprefix('.')}"
     return FileResponse(found[0], media_type=media_type, filename=found[0].name, content_disposition_type="inline")
@@ -90,9 +88,11 @@ async def _make_all(request: Request, model: Model, body: ImageCreate, params: R
     with contextlib.suppress(TimeoutError):
         await asyncio.wait_for(model.mesh.wait_model(), MODEL_PATIENCE_S)
     terms = check_terms(body.priority, body.timeout, account(request))
-    first = await asyncio.to_thread(model.mesh.request, _new_image_id(), params, terms)
+    first = await asyncio.to_thread(model.mesh.request, owned_id("image", terms.key), params, terms)
     wanted = [
-        msgspec.structs.replace(first, id=_new_image_id(), params=msgspec.structs.replace(params, seed=seed))
+        msgspec.structs.replace(
+            first, id=owned_id("image", terms.key), params=msgspec.structs.replace(params, seed=seed)
+        )
         for seed in range(params.seed, params.seed + body.n)
     ]
     try:
@@ -143,7 +143,7 @@ async def _answer(
         "data": [await _entry(request, body, picture) for picture in pictures],
         "output_format": body.output_format,
         "size": f"{params.width}x{params.height}",
-        "warnings": await asyncio.to_thread(model.mesh.warnings, params),
+        "warnings": [*body.warnings, *await asyncio.to_thread(model.mesh.warnings, params)],
     }
 
 
@@ -153,7 +153,9 @@ async def _entry(request: Request, body: ImageCreate, picture: Picture) -> dict[
         return {"b64_json": (await asyncio.to_thread(base64.b64encode, picture.file)).decode()} | known
     path = _folder(request) / f"{picture.id}.{body.output_format}"
     await asyncio.to_thread(_write, path, picture.file)
-    return {"url": str(request.url_for("image_content", image_id=picture.id))} | known
+    url = request.url_for("image_content", image_id=picture.id)
+    token, _ = token_for(caller(request), picture.id)
+    return {"url": str(url.include_query_params(token=token) if token else url)} | known
 
 
 def _write(path: Path, file: bytes) -> None:
@@ -170,8 +172,3 @@ def _failed(error: RequestFailed) -> Response:
 
 def _folder(request: Request) -> Path:
     return Path(services(request).config.output_path) / "images"
-
-
-def _new_image_id() -> str:
-    """Ordered by time, and not to be guessed from another one."""
-    return f"image_{time.time_ns():016x}{secrets.token_hex(8)}"

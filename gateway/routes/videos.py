@@ -18,6 +18,8 @@ from gateway.jobs.outputs import VIDEO_ID
 from gateway.jobs.runner import JobRunner
 from gateway.jobs.store import Asked, Job, Order
 from gateway.middleware import request_id
+from gateway.openapi import Video, VideoDeleted, VideoList, answers, answers_bytes, body_of
+from gateway.owners import find_own, list_own
 from gateway.replies import reply, video_object
 from gateway.schema import VideoCreate, resolve
 from gateway.services import Here
@@ -30,23 +32,15 @@ POLL_MS = (250, 5000)
 router = APIRouter(prefix="/v1/videos")
 
 
-async def _existing(video_id: str, here: Here) -> Job:
+async def _existing(video_id: str, request: Request, here: Here) -> Job:
     """The job of the path, or 404 before a response (an event stream, say) has begun."""
-    job = await here.runner.find(video_id)
-    if job is None:
-        raise InvalidInput("video_id", f"there is no video {video_id!r}", code="video_not_found")
-    return job
+    return await find_own(request, here, video_id)
 
 
 Existing = Annotated[Job, Depends(_existing)]
 
-_BODY = {"schema": VideoCreate.model_json_schema()}
-_CREATE = {
-    "requestBody": {"required": True, "content": {"application/json": _BODY, "multipart/form-data": _BODY}},
-}
 
-
-@router.post("", openapi_extra=_CREATE)
+@router.post("", openapi_extra=body_of(VideoCreate), responses=answers(Video, "Accepted."))
 async def create(
     request: Request, here: Here, idempotency_key: Annotated[str | None, Header(max_length=255)] = None
 ) -> Response:
@@ -54,30 +48,33 @@ async def create(
     model = here.catalog.find(body.model)
     params = resolve(body, model.card, here.config.max_prompt_chars)
     terms = check_terms(body.priority, body.timeout, account(request))
-    asked = Asked(request_id=request_id(request))
-    return reply(video_object(await here.runner.submit(model, params, terms, asked, idempotency_key)))
+    asked = Asked(request_id=request_id(request), warnings=body.warnings)
+    async with here.admission.entered(request, model, params):
+        job = await here.runner.submit(model, params, terms, asked, idempotency_key)
+    return reply(video_object(job))
 
 
-@router.get("")
+@router.get("", responses=answers(VideoList))
 async def list_videos(
+    request: Request,
     here: Here,
     after: Annotated[str | None, Query(pattern=f"^{VIDEO_ID.pattern}$", max_length=64)] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Order = "desc",
 ) -> Response:
-    page = await here.runner.list(after, limit, order)
+    page = await list_own(request, here, after, limit, order)
     data = [video_object(job) for job in page.jobs]
     first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
     return reply({"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": page.has_more})
 
 
-@router.get("/{video_id}")
+@router.get("/{video_id}", responses=answers(Video))
 async def retrieve(job: Existing) -> Response:
     headers = {} if job.finished else {"openai-poll-after-ms": str(_poll_after_ms(job.eta_s))}
     return reply(video_object(job), headers=headers)
 
 
-@router.get("/{video_id}/content", response_class=FileResponse)
+@router.get("/{video_id}/content", response_class=FileResponse, responses=answers_bytes("video/mp4", ranges=True))
 async def content(job: Existing, here: Here, variant: Literal["video"] = "video") -> Response:
     path = _finished_file(job, here.runner)
     return FileResponse(path, media_type="video/mp4", filename=path.name, content_disposition_type="inline")
@@ -98,13 +95,13 @@ async def events(
             yield event
 
 
-@router.post("/{video_id}/cancel")
+@router.post("/{video_id}/cancel", responses=answers(Video))
 async def cancel(job: Existing, here: Here) -> Response:
     await here.runner.cancel(job.id, "cancelled by the client")
     return reply(video_object(await here.runner.find(job.id) or job))
 
 
-@router.delete("/{video_id}")
+@router.delete("/{video_id}", responses=answers(VideoDeleted))
 async def delete(job: Existing, here: Here) -> Response:
     await here.runner.delete(job.id)
     return reply({"id": job.id, "object": "video.deleted", "deleted": True})

@@ -1,0 +1,235 @@
+"""The description of the API: what every answer looks like, and the finish on what FastAPI writes. Decides nothing.
+
+Answers are dictionaries that msgspec encodes; the models here only describe them, and the fuzz tests hold them to it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from fastapi import FastAPI
+from fastapi.openapi.utils import get_openapi
+from pydantic import BaseModel
+
+from gateway.auth import OPEN
+from gateway.jobs.store import Status
+
+DESCRIPTION = """\
+Images and videos from diffusion models, in the shapes of OpenAI's Images and Videos API, with frames while they are
+made. Every error has the same shape and every answer an `x-request-id`. Further fields may appear in any object.
+Bodies may be JSON, multipart or URL-encoded; in forms, nested fields are written `a[b]` and lists `a[]`.
+"""
+HTTP_METHODS = ("get", "put", "post", "delete", "patch", "head", "options")
+REF = "#/components/schemas/"
+Json = dict[str, Any]
+
+
+class ErrorObject(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorAnswer(BaseModel):
+    """Why there is nothing better to answer: `param` names the field at fault, `code` is for programs."""
+
+    error: ErrorObject
+
+
+class Video(BaseModel):
+    """OpenAI's Video, and what we know beyond it."""
+
+    id: str
+    object: Literal["video"]
+    model: str
+    status: Status
+    progress: int
+    created_at: int
+    completed_at: int | None
+    expires_at: int | None
+    error: ErrorObject | None
+    prompt: str
+    seconds: str
+    size: str
+    remixed_from_video_id: str | None
+    seed: int
+    fps: int
+    num_frames: int
+    num_inference_steps: int
+    timings: dict[str, float]
+    eta_s: float | None
+    queue_position: int | None
+    stage: str
+    step: int
+    warnings: list[str]
+
+
+class VideoList(BaseModel):
+    object: Literal["list"]
+    data: list[Video]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class VideoDeleted(BaseModel):
+    id: str
+    object: Literal["video.deleted"]
+    deleted: Literal[True]
+
+
+class Image(BaseModel):
+    b64_json: str | None = None
+    url: str | None = None
+    id: str
+    seed: int
+    timings: dict[str, float]
+
+
+class Images(BaseModel):
+    """OpenAI's ImagesResponse, and what we know beyond it."""
+
+    created: int
+    data: list[Image]
+    output_format: str
+    size: str
+    warnings: list[str]
+
+
+class ModelDescription(BaseModel):
+    model_path: str
+    task_type: str
+    pipeline_name: str
+    pipeline_class: str
+    num_gpus: int
+    dit_precision: str
+    vae_precision: str
+
+
+class ModelObject(ModelDescription):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    root: str
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[ModelObject]
+
+
+class Token(BaseModel):
+    object: Literal["token"]
+    token: str
+    video_id: str
+    expires_at: int
+
+
+class Live(BaseModel):
+    status: Literal["live"]
+
+
+class Health(BaseModel):
+    status: Literal["ready", "draining", "not_ready"]
+    reason: str
+    ranks_ready: int
+    num_ranks: int
+
+
+ERRORS: dict[int | str, Json] = {
+    "4XX": {"model": ErrorAnswer, "description": "The request, the key or the moment is wrong."},
+    "5XX": {"model": ErrorAnswer, "description": "The server failed, or cannot take work now (503)."},
+}
+"""Of every route."""
+
+
+def answers(kind: type[BaseModel], description: str = "Done.") -> dict[int | str, Json]:
+    """What a route answers when all is well, for its decorator."""
+    return {200: {"model": kind, "description": description}}
+
+
+def answers_bytes(*media_types: str, description: str = "The file.", ranges: bool = False) -> dict[int | str, Json]:
+    """Likewise for a file; with `ranges` a part of it too."""
+    content = {media_type: {"schema": {"type": "string", "format": "binary"}} for media_type in media_types}
+    found: dict[int | str, Json] = {200: {"content": content, "description": description}}
+    if ranges:
+        some = {"multipart/byteranges": {"schema": {"type": "string", "format": "binary"}}}
+        found[206] = {"content": content | some, "description": "The part that the header Range asks for."}
+    return found
+
+
+def body_of(kind: type[BaseModel]) -> Json:
+    """`openapi_extra` for a route that reads its body with `gateway.body.read_body`."""
+    content = {"schema": kind.model_json_schema()}
+    forms = ("application/json", "multipart/form-data", "application/x-www-form-urlencoded")
+    return {"requestBody": {"required": True, "content": dict.fromkeys(forms, content)}}
+
+
+def describe(app: FastAPI, *, protected: bool) -> None:
+    """Have the application describe itself; `protected` where API keys are asked for."""
+
+    def openapi() -> Json:
+        if app.openapi_schema is None:
+            found = get_openapi(title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes)
+            app.openapi_schema = _finish(found, protected)
+        return app.openapi_schema
+
+    app.openapi = openapi  # type: ignore[method-assign]
+
+
+def _finish(found: Json, protected: bool) -> Json:
+    components = found.setdefault("components", {}).setdefault("schemas", {})
+    for path, operation in _operations(found):
+        for media in operation.get("requestBody", {}).get("content", {}).values():
+            media["schema"] = _hoist(media["schema"], components)
+        for answer in operation["responses"].values():
+            answer.setdefault("headers", {})["x-request-id"] = {"schema": {"type": "string"}, "required": True}
+        if protected and not OPEN.fullmatch(path):
+            operation["security"] = [{"api_key": []}]
+    if protected:
+        scheme = {"type": "http", "scheme": "bearer", "description": "An API key of this server."}
+        found["components"]["securitySchemes"] = {"api_key": scheme}
+    return found
+
+
+def _operations(found: Json) -> Iterator[tuple[str, Json]]:
+    for path, item in found["paths"].items():
+        yield from ((path, operation) for method, operation in item.items() if method in HTTP_METHODS)
+
+
+def _hoist(schema: Json, components: Json) -> Json:
+    """A body's schema among the components, with everything that it refers to; a reference to it is left."""
+    if "$ref" in schema:
+        return schema
+    schema = copy.deepcopy(schema)
+    for name, inner in schema.pop("$defs", {}).items():
+        components[name] = _refer(inner)
+    name = schema["title"]
+    components[name] = _refer(_with_nulls(schema))
+    return {"$ref": REF + name}
+
+
+def _with_nulls(schema: Json) -> Json:
+    """What is not required may be null: it then says nothing."""
+    required = schema.get("required", ())
+    for name, field in schema.get("properties", {}).items():
+        if name not in required and {"type": "null"} not in field.get("anyOf", ()):
+            told = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
+            schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **told}
+    return schema
+
+
+def _refer(schema: Any) -> Any:
+    """The same with references into the components."""
+    if isinstance(schema, list):
+        return [_refer(inner) for inner in schema]
+    if not isinstance(schema, dict):
+        return schema
+    found = {key: _refer(inner) for key, inner in schema.items()}
+    if isinstance(found.get("$ref"), str):
+        found["$ref"] = found["$ref"].replace("#/$defs/", REF)
+    return found
