@@ -9,9 +9,11 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
 from gateway.auth import Authentication, Keyring
 from gateway.catalog import Catalog
@@ -28,6 +30,7 @@ from gateway.services import Services, services
 from runtime.config import Config
 from runtime.errors import InvalidInput, NotReady
 
+ROUTERS = tuple(routes.router for routes in (videos, images, models, tokens, health))
 MAX_BODY_BYTES = 80_000_000
 NOT_FOUND = {"model_not_found", "video_not_found", "image_not_found"}
 """What `InvalidInput` calls things that do not exist."""
@@ -55,8 +58,8 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
     app = FastAPI(title="framemesh", lifespan=lifespan, responses=ERRORS)
     describe(app, protected=not keyring.is_open)
     app.state.services = Services(config, catalog, runner, Admission(config, catalog, runner))
-    for routes in (videos, images, models, tokens, health):
-        app.include_router(routes.router)
+    for router in ROUTERS:
+        app.include_router(router)
     app.add_exception_handler(InvalidInput, _invalid_input)
     app.add_exception_handler(NotReady, _not_ready)
     app.add_exception_handler(Refused, _refused)
@@ -92,4 +95,12 @@ def _validation_failed(_request: Request, error: Any) -> Response:
 
 def _http_exception(request: Request, error: Any) -> Response:
     message = f"{error.detail}: {request.method} {request.url.path}"
-    return error_reply(error.status_code, message, None, CODES.get(error.status_code), error.headers)
+    headers = {"allow": _allowed(request)} if error.status_code == 405 else error.headers
+    return error_reply(error.status_code, message, None, CODES.get(error.status_code), headers)
+
+
+def _allowed(request: Request) -> str:
+    """What a path answers to: routes know their own methods only, and several share a path."""
+    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    fit = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in fit for method in route.methods}))

@@ -21,6 +21,8 @@ Images and videos from diffusion models, in the shapes of OpenAI's Images and Vi
 made. Every error has the same shape and every answer an `x-request-id`. Further fields may appear in any object.
 Bodies may be JSON, multipart or URL-encoded; in forms, nested fields are written `a[b]` and lists `a[]`.
 """
+MAKES = {"Video": ("video_id", "$response.body#/id"), "Images": ("image_id", "$response.body#/data/0/id")}
+"""Answers that carry a new id: the parameter that takes it elsewhere, and where it is."""
 HTTP_METHODS = ("get", "put", "post", "delete", "patch", "head", "options")
 REF = "#/components/schemas/"
 Json = dict[str, Any]
@@ -186,14 +188,33 @@ def _finish(found: Json, protected: bool) -> Json:
     for path, operation in _operations(found):
         for media in operation.get("requestBody", {}).get("content", {}).values():
             media["schema"] = _hoist(media["schema"], components)
-        for answer in operation["responses"].values():
+        for status, answer in operation["responses"].items():
             answer.setdefault("headers", {})["x-request-id"] = {"schema": {"type": "string"}, "required": True}
+            if status in ERRORS:
+                # FastAPI takes the errors of a stream for a stream.
+                answer["content"] = {"application/json": {"schema": {"$ref": f"{REF}{ErrorAnswer.__name__}"}}}
         if protected and not OPEN.fullmatch(path):
             operation["security"] = [{"api_key": []}]
+    _link(found)
     if protected:
         scheme = {"type": "http", "scheme": "bearer", "description": "An API key of this server."}
         found["components"]["securitySchemes"] = {"api_key": scheme}
     return found
+
+
+def _link(found: Json) -> None:
+    """Say where the ids come from that other operations want."""
+    operations = list(_operations(found))
+    for _, operation in operations:
+        content = operation["responses"].get("200", {}).get("content", {})
+        made = content.get("application/json", {}).get("schema", {}).get("$ref", "").removeprefix(REF)
+        if made in MAKES and "requestBody" in operation:
+            parameter, place = MAKES[made]
+            operation["responses"]["200"]["links"] = {
+                other["operationId"]: {"operationId": other["operationId"], "parameters": {parameter: place}}
+                for path, other in operations
+                if f"{{{parameter}}}" in path
+            }
 
 
 def _operations(found: Json) -> Iterator[tuple[str, Json]]:
