@@ -56,10 +56,10 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
             yield
 
     app = FastAPI(title="framemesh", lifespan=lifespan, responses=ERRORS)
-    describe(app, protected=not keyring.is_open)
     app.state.services = Services(config, catalog, runner, Admission(config, catalog, runner))
     for router in ROUTERS:
         app.include_router(router)
+    describe(app, protected=not keyring.is_open, models=None if config.allow_any_model else catalog.names)
     app.add_exception_handler(InvalidInput, _invalid_input)
     app.add_exception_handler(NotReady, _not_ready)
     app.add_exception_handler(Refused, _refused)

@@ -38,6 +38,11 @@ class Catalog:
     def default(self) -> Model:
         return next(iter(self))
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that a request may hold, aliases too."""
+        return tuple(self._names)
+
     def get(self, name: str) -> Model | None:
         return self._names.get(name)
 

@@ -6,7 +6,7 @@ Answers are dictionaries that msgspec encodes; the models here only describe the
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 from fastapi import FastAPI
@@ -171,23 +171,29 @@ def body_of(kind: type[BaseModel]) -> Json:
     return {"requestBody": {"required": True, "content": dict.fromkeys(forms, content)}}
 
 
-def describe(app: FastAPI, *, protected: bool) -> None:
-    """Have the application describe itself; `protected` where API keys are asked for."""
+def describe(app: FastAPI, *, protected: bool, models: Sequence[str] | None) -> None:
+    """Have the application describe itself.
+
+    Args:
+        app: with all its routes.
+        protected: whether API keys are asked for.
+        models: the names that `model` may hold; None: any.
+    """
 
     def openapi() -> Json:
         if app.openapi_schema is None:
             found = get_openapi(title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes)
-            app.openapi_schema = _finish(found, protected)
+            app.openapi_schema = _finish(found, protected, models)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _finish(found: Json, protected: bool) -> Json:
+def _finish(found: Json, protected: bool, models: Sequence[str] | None) -> Json:
     components = found.setdefault("components", {}).setdefault("schemas", {})
     for path, operation in _operations(found):
         for media in operation.get("requestBody", {}).get("content", {}).values():
-            media["schema"] = _hoist(media["schema"], components)
+            media["schema"] = _hoist(media["schema"], components, models)
         for status, answer in operation["responses"].items():
             answer.setdefault("headers", {})["x-request-id"] = {"schema": {"type": "string"}, "required": True}
             if status in ERRORS:
@@ -222,13 +228,15 @@ def _operations(found: Json) -> Iterator[tuple[str, Json]]:
         yield from ((path, operation) for method, operation in item.items() if method in HTTP_METHODS)
 
 
-def _hoist(schema: Json, components: Json) -> Json:
+def _hoist(schema: Json, components: Json, models: Sequence[str] | None) -> Json:
     """A body's schema among the components, with everything that it refers to; a reference to it is left."""
     if "$ref" in schema:
         return schema
     schema = copy.deepcopy(schema)
     for name, inner in schema.pop("$defs", {}).items():
         components[name] = _refer(inner)
+    if models is not None and "model" in schema.get("properties", {}):
+        schema["properties"]["model"] = {"enum": [*models, None]}
     name = schema["title"]
     components[name] = _refer(_with_nulls(schema))
     return {"$ref": REF + name}
@@ -238,7 +246,11 @@ def _with_nulls(schema: Json) -> Json:
     """What is not required may be null: it then says nothing."""
     required = schema.get("required", ())
     for name, field in schema.get("properties", {}).items():
-        if name not in required and {"type": "null"} not in field.get("anyOf", ()):
+        if (
+            name not in required
+            and {"type": "null"} not in field.get("anyOf", ())
+            and None not in field.get("enum", ())
+        ):
             told = {key: field.pop(key) for key in ("title", "description", "default") if key in field}
             schema["properties"][name] = {"anyOf": [field, {"type": "null"}], **told}
     return schema

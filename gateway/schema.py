@@ -18,6 +18,7 @@ from runtime.sampling import ResolvedParams, SamplingParams
 UNSUPPORTED = ("unsupported_value", "unsupported_parameter")
 """Codes of refusals that leniency turns into warnings."""
 SIZE = re.compile(r"(\d{1,5})[xX×](\d{1,5})")
+SIZES = "^([0-9]{1,5}[xX×][0-9]{1,5}|auto)$"
 
 
 INTEGER = r"[+-]?[0-9]{1,30}"
@@ -58,7 +59,9 @@ class Generation(BaseModel):
 
     prompt: str
     model: str | None = None
-    size: str | None = Field(None, description='"WIDTHxHEIGHT" or "auto"; unset: the model\'s default')
+    size: str | None = Field(
+        None, json_schema_extra={"pattern": SIZES}, description='"WIDTHxHEIGHT" or "auto"; unset: the model\'s default'
+    )
     width: Whole | None = None
     height: Whole | None = None
     seed: Whole | None = None
