@@ -17,21 +17,27 @@ from starlette.routing import Match
 
 from gateway.auth import Authentication, Keyring
 from gateway.catalog import Catalog
+from gateway.inputs import Inputs
+from gateway.jobs.database import StoreUnavailable
 from gateway.jobs.outputs import Outputs
 from gateway.jobs.runner import JobRunner
 from gateway.jobs.store import JobStore
 from gateway.limits import Admission, Refused
+from gateway.media.metadata import version
 from gateway.mesh import DRAINING
+from gateway.metrics import Metrics, Timing
 from gateway.middleware import BodyLimit, Envelope
 from gateway.openapi import ERRORS, describe
 from gateway.replies import CODES, error_reply, retry_after
-from gateway.routes import health, images, models, tokens, videos
+from gateway.routes import adapters, health, images, models, server, tokens, videos
 from gateway.services import Services, services
 from runtime.config import Config
 from runtime.errors import InvalidInput, NotReady
 
-ROUTERS = tuple(routes.router for routes in (videos, images, models, tokens, health))
+ROUTERS = tuple(routes.router for routes in (videos, images, adapters, models, tokens, health, server))
 MAX_BODY_BYTES = 80_000_000
+STORE_RETRY_S = 5.0
+"""A database that was restarted is usually back by then."""
 NOT_FOUND = {"model_not_found", "video_not_found", "image_not_found"}
 """What `InvalidInput` calls things that do not exist."""
 STATUS = {"unsupported_media_type": 415}
@@ -42,7 +48,10 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
     """The gateway over its models. It owns their meshes and the store: opens them when it starts, closes them at its
     end."""
     keyring = Keyring(config)
-    runner = JobRunner(catalog, store, Outputs(Path(config.output_path)))
+    metrics = Metrics()
+    runner = JobRunner(catalog, store, Outputs(Path(config.output_path)), metrics)
+    inputs = Inputs(Path(config.output_path) / "inputs", allow_private=config.allow_private_urls)
+    here = Services(config, catalog, runner, Admission(config, catalog, runner), inputs, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -53,21 +62,24 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
             stack.push_async_callback(catalog.close)
             await runner.resume()
             stack.push_async_callback(runner.close)
+            stack.push_async_callback(here.probe.close)
             yield
 
-    app = FastAPI(title="framemesh", lifespan=lifespan, responses=ERRORS)
-    app.state.services = Services(config, catalog, runner, Admission(config, catalog, runner))
+    app = FastAPI(title="framemesh", version=version(), lifespan=lifespan, responses=ERRORS)
+    app.state.services = here
     for router in ROUTERS:
         app.include_router(router)
     describe(app, protected=not keyring.is_open, models=None if config.allow_any_model else catalog.names)
     app.add_exception_handler(InvalidInput, _invalid_input)
     app.add_exception_handler(NotReady, _not_ready)
     app.add_exception_handler(Refused, _refused)
+    app.add_exception_handler(StoreUnavailable, _store_unavailable)
     app.add_exception_handler(RequestValidationError, _validation_failed)
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
     app.add_middleware(Authentication, keyring=keyring, protect_metrics=config.protect_metrics)
     app.add_middleware(Envelope)
+    app.add_middleware(Timing, metrics=metrics)
     return app
 
 
@@ -84,6 +96,10 @@ def _not_ready(request: Request, error: Any) -> Response:
 
 def _refused(_request: Request, error: Any) -> Response:
     return error_reply(429, str(error), None, error.code, retry_after(error.retry_after_s))
+
+
+def _store_unavailable(_request: Request, error: Any) -> Response:
+    return error_reply(503, str(error), None, "store_unavailable", retry_after(STORE_RETRY_S))
 
 
 def _validation_failed(_request: Request, error: Any) -> Response:
@@ -103,4 +119,4 @@ def _allowed(request: Request) -> str:
     """What a path answers to: routes know their own methods only, and several share a path."""
     routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
     fit = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
-    return ", ".join(sorted({method for route in fit for method in route.methods}))
+    return ", ".join(sorted({method for route in fit for method in route.methods or ()}))

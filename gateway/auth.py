@@ -15,9 +15,7 @@ import base64
 import hashlib
 import hmac
 import re
-import secrets
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import parse_qs
@@ -61,9 +59,10 @@ class Caller:
     key: ApiKey | None = None
     """None where no keys are configured."""
 
-    def may_see(self, account: str) -> bool:
-        """Whether what belongs to an account is this caller's. Without keys there is no telling people apart."""
-        return self.key is None or account == self.name
+    @property
+    def scope(self) -> str | None:
+        """The account whose belongings alone are shown; None, and all are, where no keys tell people apart."""
+        return None if self.key is None else self.name
 
 
 class Keyring:
@@ -218,19 +217,3 @@ def _read_claim(token: str) -> _Claim | None:
 def _secret(headers: Headers) -> str:
     sent = headers.get("authorization", "")
     return sent[len(SCHEME) :].strip() if sent.lower().startswith(SCHEME) else sent.strip()
-
-
-def owned_id(prefix: str, account: str, clock: Callable[[], int] = time.time_ns) -> str:
-    """A new id, ordered by time and not to be guessed, that tells whose it is to who knows the account's name."""
-    stem = f"{clock():016x}{secrets.token_hex(8)}"
-    return f"{prefix}_{stem}{_mark(stem, account)}"
-
-
-def is_owned(owned: str, account: str) -> bool:
-    """Whether `owned_id` made it for this account."""
-    stem, mark = owned.rpartition("_")[2][:32], owned.rpartition("_")[2][32:]
-    return hmac.compare_digest(mark, _mark(stem, account))
-
-
-def _mark(stem: str, account: str) -> str:
-    return hashlib.sha256(f"{stem}\n{account}".encode()).hexdigest()[:16]

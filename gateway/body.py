@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import AsyncGenerator, Collection, Iterable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 import msgspec
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
+from gateway.inputs import Upload
 from gateway.schema import Generation
 from gateway.services import services
 from runtime.errors import InvalidInput
 
 MAX_FORM_FIELDS = 200
-MAX_FORM_FILES = 4
+MAX_FORM_FILES = 32
+"""More than any endpoint takes, so that it is the endpoint that says how many."""
 MAX_PART_BYTES = 70_000_000
 """Starlette's own 1 MB would refuse an image given as a data URL before anybody could say what is wrong with it."""
+LARGE_BYTES = 1_000_000
+"""Bodies beyond it are not decoded in the event loop."""
 
 NESTED = ("extra_body", "extra_params")
 """Fields that hold further fields: what SGLang and vLLM-Omni clients send."""
@@ -32,15 +39,16 @@ Fields = dict[str, Any]
 Body = TypeVar("Body", bound=BaseModel)
 
 
-async def read_body(request: Request, kind: type[Body]) -> Body:
-    """The body, whichever of the three content types it came in.
+async def read_body(request: Request, kind: type[Body], lists: Collection[str] = ()) -> Body:
+    """The body, whichever of the three content types it came in; files are `Upload`s.
+
+    Fields in `lists` may be repeated in a form, with or without ``[]``; they come out as lists.
 
     Raises:
         InvalidInput: names the first field that is wrong.
     """
-    fields = {name: value for name, value in _merge_nested(await _read_fields(request)).items() if value is not None}
-    if fields.get("input_reference") is not None:
-        raise InvalidInput("input_reference", "text-to-video models take no image", code="unsupported_parameter")
+    read = _merge_nested(await _read_fields(request, lists))
+    fields = {name: value for name, value in read.items() if value is not None}
     lenient = services(request).config.lenient and issubclass(kind, Generation)
     ignored = list(_drop_what_is_unknown(fields, kind)) if lenient else []
     try:
@@ -64,20 +72,68 @@ def _drop_what_is_unknown(fields: Fields, kind: type[BaseModel]) -> Iterator[str
                 yield f"{_complain(complaint, kind)}; it was ignored"
 
 
-async def _read_fields(request: Request) -> Fields:
+async def discard_body(request: Request) -> None:
+    """Read it to its end, as far as bodies may go, and keep nothing: a client that still sends hears no answer."""
+    async for _part in request.stream():
+        pass
+
+
+async def _read_fields(request: Request, lists: Collection[str]) -> Fields:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == "multipart/form-data":
-        limits = {"max_files": MAX_FORM_FILES, "max_fields": MAX_FORM_FIELDS, "max_part_size": MAX_PART_BYTES}
-        async with request.form(**limits) as form:
-            return unbracket(form.multi_items())
+        return await _read_form(request, lists)
     if content_type and content_type not in BODY_TYPES and not content_type.endswith("+json"):
         message = f"{content_type} is not read here; take application/json or multipart/form-data"
         raise InvalidInput("content-type", message, code="unsupported_media_type")
     raw = await request.body()
+    if len(raw) > LARGE_BYTES and not content_type.endswith("urlencoded"):
+        return await asyncio.to_thread(_decode_object, "body", raw)
     # `curl -d '{…}'` without a header calls its JSON a form.
     if content_type == "application/x-www-form-urlencoded" and not raw.lstrip().startswith(b"{"):
-        return unbracket(_split_form(raw))
+        return unbracket(_split_form(raw), lists)
     return _decode_object("body", raw)
+
+
+async def _read_form(request: Request, lists: Collection[str]) -> Fields:
+    try:
+        form = await WholeForm(request).parse()
+    except MultiPartException as error:
+        raise InvalidInput("body", f"is no form: {error.message}", code="invalid_form") from error
+    try:
+        return unbracket([(name, await _value(sent)) for name, sent in form.multi_items()], lists)
+    finally:
+        await form.close()
+
+
+async def _value(sent: UploadFile | str) -> Upload | str:
+    """A part of a form; starlette keeps large files on disk, and its files end with the form."""
+    return sent if isinstance(sent, str) else Upload(await sent.read())
+
+
+class WholeForm(MultiPartParser):
+    """A multipart body up to its last boundary: one that was cut off is refused, not read as far as it came.
+
+    Every error leaves the temporary files closed, which starlette's own parser forgets for a part that never ends.
+    """
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(
+            request.headers,
+            self._to_the_end(request.stream()),
+            max_files=MAX_FORM_FILES,
+            max_fields=MAX_FORM_FIELDS,
+            max_part_size=MAX_PART_BYTES,
+        )
+        self._ended = False
+
+    def on_end(self) -> None:
+        self._ended = True
+
+    async def _to_the_end(self, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        async for part in stream:
+            yield part
+        if not self._ended:
+            raise MultiPartException("it ends before its last boundary")
 
 
 def _split_form(raw: bytes) -> list[tuple[str, str]]:
@@ -94,15 +150,17 @@ def _decode_object(field: str, raw: bytes | str) -> Fields:
         raise InvalidInput(field, f"is no JSON object: {error}", code="invalid_json") from error
 
 
-def unbracket(pairs: Iterable[tuple[str, Any]]) -> Fields:
+def unbracket(pairs: Iterable[tuple[str, Any]], lists: Collection[str] = ()) -> Fields:
     """Form fields as clients flatten them: ``a=1``, ``b[c]=2``, ``d[]=3`` -> ``{a: 1, b: {c: 2}, d: [3]}``.
+
+    Names in `lists` are lists without brackets too.
 
     Raises:
         InvalidInput: a field is given twice, or as two different things.
     """
     fields: Fields = {}
     for name, value in pairs:
-        is_item = name.endswith("[]")
+        is_item = name.endswith("[]") or name in lists
         outer, *inner = _split_brackets(name.removesuffix("[]"))
         if "" in inner:
             raise InvalidInput(name, "is a list of something else than values")

@@ -1,17 +1,16 @@
 """How much may be asked: rates, requests at once, the length of the line, and when to come back. Knows no HTTP bodies.
 
-`Admission.entered` stands between a checked request and its submission. Whoever is refused is told a time that follows
+`Admission.enter` stands between a checked request and its submission. Whoever is refused is told a time that follows
 from the cost model: the scheduler's predictions of all accepted work (`MeshState.backlog_s`) and of each request.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
-from collections import Counter
-from collections.abc import AsyncIterator
+import weakref
 from dataclasses import dataclass
+from typing import Self
 
 from limits import RateLimitItemPerSecond
 from limits.aio.storage import MemoryStorage
@@ -43,6 +42,20 @@ class Refused(Exception):
         self.retry_after_s = min(max(retry_after_s, SOON_S), LATE_S)
 
 
+@dataclass(eq=False)
+class Place:
+    """Room for so many generations of an account, until the block that it opens ends, or nobody knows it any more."""
+
+    account: str
+    count: int
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.count = 0
+
+
 @dataclass(frozen=True)
 class Allowance:
     """What one caller may do; None is no limit."""
@@ -60,17 +73,16 @@ class Admission:
         self._runner = runner
         self._rate = None if config.rate_limit is None else parse_rate("rate_limit", config.rate_limit)
         self._limiter = MovingWindowRateLimiter(MemoryStorage())
-        self._inside: Counter[str] = Counter()
-        """Requests by account that are here without a job: images, and videos on their way into the store."""
-        self._unready_since: float | None = time.monotonic()
+        self._places: weakref.WeakSet[Place] = weakref.WeakSet()
+        """Of requests that are here without a job: images, and videos on their way into the store. Weak: the answer to
+        a client that left early is dropped without a word."""
+        self._unready_since = self._refused_last = time.monotonic()
 
-    @contextlib.asynccontextmanager
-    async def entered(
-        self, request: Request, model: Model, params: ResolvedParams, count: int = 1
-    ) -> AsyncIterator[None]:
-        """Let `count` generations of this shape in, and hold their places until the block ends.
+    async def enter(self, request: Request, model: Model, params: ResolvedParams, count: int = 1) -> Place:
+        """Let `count` generations of this shape in.
 
-        A video's block ends once it is submitted: from then on its job holds the place.
+        A video needs its place until it is submitted: from then on it counts as a job.
+
 
         Raises:
             InvalidInput: more pixels than anybody may ask for.
@@ -81,14 +93,10 @@ class Admission:
         self._check_size(params, count)
         self._check_queue(model, count)
         self._check_concurrent(asking, allowed, model, count)
-        self._inside[asking.name] += count
-        try:
-            await self._check_rate(request, asking, allowed, count)
-            yield
-            self._unready_since = None
-        finally:
-            self._inside[asking.name] -= count
-            self._inside += Counter()
+        place = Place(asking.name, count)
+        self._places.add(place)
+        await self._check_rate(request, asking, allowed, count)
+        return place
 
     def retry_after_s(self, error: NotReady) -> float:
         """When a mesh that takes no work now may take some.
@@ -99,9 +107,10 @@ class Admission:
         if error.draining:
             backlog = min((model.mesh.state.backlog_s for model in self._catalog), default=0.0)
             return max(SOON_S, min(backlog, self._config.drain_timeout))
-        now = time.monotonic()
-        self._unready_since = self._unready_since or now
-        least, most = LOADING_S
+        now, (least, most) = time.monotonic(), LOADING_S
+        if now - self._refused_last > most:
+            self._unready_since = now
+        self._refused_last = now
         return min(max(now - self._unready_since, least), most)
 
     def _allowance(self, asking: Caller) -> Allowance:
@@ -122,7 +131,7 @@ class Admission:
         most = self._config.max_queue
         jobs = list(self._runner.under_way())
         # An image that runs is not told apart from one that waits.
-        inside = self._inside.total()
+        inside = self._held()
         waiting = sum(job.status == "queued" for job in jobs) + inside
         excess = waiting + count - most
         if most and excess > 0:
@@ -133,11 +142,15 @@ class Admission:
         if allowed.concurrent is None:
             return
         own = [job for job in self._runner.under_way() if job.terms.key == asking.name]
-        unfinished = len(own) + self._inside[asking.name]
+        unfinished = len(own) + self._held(asking.name)
         if unfinished + count > allowed.concurrent:
             excess = unfinished + count - allowed.concurrent
             message = f"this API key has {unfinished} unfinished requests, and no more than {allowed.concurrent} may be"
             raise Refused("rate_limit_exceeded", message, self._until_own(own, excess, model, unfinished))
+
+    def _held(self, account: str | None = None) -> int:
+        """Places that are taken, by one account or by all."""
+        return sum(place.count for place in self._places if account in {None, place.account})
 
     def _until_done(self, model: Model, excess: int, unfinished: int) -> float:
         """Predicted seconds until so many of the unfinished requests have gone ahead, taken as equally large."""

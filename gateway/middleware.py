@@ -10,7 +10,7 @@ import time
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.replies import CODES, error_reply
@@ -42,6 +42,8 @@ class Envelope:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            log.debug("a client left before its request was complete", path=scope["path"], request_id=request_id)
         except Exception:
             log.exception("a request failed", path=scope["path"], request_id=request_id)
             if status:
@@ -51,7 +53,7 @@ class Envelope:
             await answer(scope, receive, send_with_id)
         finally:
             seconds = round(time.monotonic() - began, 4)
-            log.debug("request", method=scope["method"], path=scope["path"], status=status, s=seconds, id=request_id)
+            log.debug("request", method=scope["method"], path=scope["path"], status=status, s=seconds, trace=request_id)
 
 
 def request_id(request: Request) -> str:

@@ -41,6 +41,37 @@ class ErrorAnswer(BaseModel):
     error: ErrorObject
 
 
+class Usage(BaseModel):
+    """What a generation took of the mesh."""
+
+    queue_s: float
+    rank_seconds: float
+    attempts: int
+    peak_memory_mb: float
+
+
+class TokenCounts(BaseModel):
+    text_tokens: int
+    image_tokens: int
+
+
+class ImagesUsage(Usage):
+    """OpenAI's token counts, and what all images of a call took together."""
+
+    total_tokens: int
+    input_tokens: int
+    output_tokens: int
+    input_tokens_details: TokenCounts
+
+
+class ServerInfo(BaseModel):
+    version: str
+    uptime_s: float
+    models: list[dict[str, Any]]
+    meshes: list[dict[str, Any]]
+    config: dict[str, Any]
+
+
 class Video(BaseModel):
     """OpenAI's Video, and what we know beyond it."""
 
@@ -62,6 +93,8 @@ class Video(BaseModel):
     num_frames: int
     num_inference_steps: int
     timings: dict[str, float]
+    usage: Usage
+    finished_reason: str | None
     eta_s: float | None
     queue_position: int | None
     stage: str
@@ -89,6 +122,7 @@ class Image(BaseModel):
     id: str
     seed: int
     timings: dict[str, float]
+    usage: Usage
 
 
 class Images(BaseModel):
@@ -98,6 +132,9 @@ class Images(BaseModel):
     data: list[Image]
     output_format: str
     size: str
+    quality: str
+    background: str
+    usage: ImagesUsage
     warnings: list[str]
 
 
@@ -131,6 +168,12 @@ class Token(BaseModel):
     expires_at: int
 
 
+class Probed(BaseModel):
+    status: Literal["ok", "failed"]
+    model: str
+    seconds: float
+
+
 class Live(BaseModel):
     status: Literal["live"]
 
@@ -140,6 +183,7 @@ class Health(BaseModel):
     reason: str
     ranks_ready: int
     num_ranks: int
+    models: dict[str, Any]
 
 
 ERRORS: dict[int | str, Json] = {
@@ -149,9 +193,10 @@ ERRORS: dict[int | str, Json] = {
 """Of every route."""
 
 
-def answers(kind: type[BaseModel], description: str = "Done.") -> dict[int | str, Json]:
-    """What a route answers when all is well, for its decorator."""
-    return {200: {"model": kind, "description": description}}
+def answers(kind: type[BaseModel], description: str = "Done.", *, stream: bool = False) -> dict[int | str, Json]:
+    """What a route answers when all is well, for its decorator; with `stream` it may be told as events too."""
+    events = {"content": {"text/event-stream": {"schema": {"type": "string"}}}} if stream else {}
+    return {200: {"model": kind, "description": description} | events}
 
 
 def answers_bytes(*media_types: str, description: str = "The file.", ranges: bool = False) -> dict[int | str, Json]:

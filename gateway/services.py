@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
 
 from gateway.catalog import Catalog
+from gateway.inputs import Inputs
 from gateway.jobs.runner import JobRunner
 from gateway.limits import Admission
+from gateway.metrics import Metrics
+from gateway.probe import Probe
 from runtime.config import Config
 
 
@@ -21,6 +25,10 @@ class Services:
     catalog: Catalog
     runner: JobRunner
     admission: Admission
+    inputs: Inputs
+    metrics: Metrics
+    probe: Probe = field(default_factory=Probe)
+    started: float = field(default_factory=time.monotonic)
 
 
 def services(request: Request) -> Services:

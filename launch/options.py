@@ -54,6 +54,8 @@ HTTP_ONLY = frozenset(
         "port",
         "served_model_name",
         "batching_delay_ms",
+        "database_url",
+        "job_lease",
         "allow_any_model",
         "api_keys_file",
         "api_keys",

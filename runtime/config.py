@@ -6,6 +6,7 @@ A field is a flag (`--ulysses-degree`), a config-file key (`ulysses_degree`) and
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -22,6 +23,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 DEMO_MODEL = "demo"
 """The value of `model_path` that means the model shipped inside the package."""
+POSTGRES = ("postgresql://", "postgres://", "postgresql+psycopg://")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,8 +103,16 @@ class Config:
     """Address that the HTTP server listens on."""
     port: int = 30000
     """Port of the HTTP server; 0 takes a free one."""
+    public_url: str | None = None
+    """How clients reach this server, e.g. https://images.example.org; put before the URLs in answers, which are
+    relative without it."""
     output_path: str = "outputs"
     """Folder for results and for the job store."""
+    database_url: str | None = field(default=None, repr=False)
+    """PostgreSQL database of the jobs (postgresql://user:password@host/database), which several gateways may share;
+    unset: an SQLite file in the output folder, for one gateway."""
+    job_lease: float = 15.0
+    """Seconds after which the jobs of a gateway that died are another one's, where several share a database."""
     batching_delay_ms: float = 0.0
     """How long the gateway collects requests before it sends them on together."""
     batching_max_size: int = 16
@@ -117,6 +127,8 @@ class Config:
     """Folder where measured costs are kept between starts; unset: the user's cache folder."""
     max_prompt_chars: int = 20_000
     """Longest prompt that is tokenized at all."""
+    allow_private_urls: bool = False
+    """Let clients name URLs (of images, of webhooks) on loopback and private addresses."""
 
     api_keys_file: str | None = None
     """File of the API keys that are let in, mode 0600, lines made by `framemesh apikey NAME`; it is read again when it
@@ -152,6 +164,8 @@ class Config:
     """Folder of CURVE keys (made by `framemesh keygen`), for sockets between hosts; unset: ipc and loopback only."""
     log_level: LogLevel = "info"
     """How much the processes log."""
+    enable_metrics: bool = True
+    """Answer /metrics in Prometheus' text format."""
     trace_path: str | None = None
     """Append the start and end of every work item on every rank to this file (JSON lines)."""
 
@@ -192,9 +206,8 @@ def check_config(config: Config) -> None:
         InvalidInput: names the field.
     """
     _check_parallel(config)
+    _check_gateway(config)
     _check_admission(config)
-    if not 0 <= config.port <= 65535:
-        raise InvalidInput("port", f"{config.port} is not a port; take 0 (any free one) to 65535")
     if not config.vae_config.load_decoder:
         raise InvalidInput("vae_config.load_decoder", "must be true: without the decoder there are no frames")
     if not 1 <= config.max_prompt_chars <= MAX_PROMPT_CHARS:
@@ -244,6 +257,17 @@ def _check_parallel(config: Config) -> None:
         raise InvalidInput("use_fsdp_inference", "dist_backend staged cannot gather sharded weights; take nccl")
 
 
+def _check_gateway(config: Config) -> None:
+    if not 0 <= config.port <= 65535:
+        raise InvalidInput("port", f"{config.port} is not a port; take 0 (any free one) to 65535")
+    if config.public_url is not None and not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", config.public_url):
+        raise InvalidInput("public_url", f"{config.public_url!r} is not of the form https://host or https://host/path")
+    if config.database_url is not None and not config.database_url.startswith(POSTGRES):
+        raise InvalidInput("database_url", "is not of the form postgresql://user:password@host/database")
+    if config.job_lease < 1:
+        raise InvalidInput("job_lease", f"{config.job_lease:g} s are too few; take 1 or more")
+
+
 def fit_layout(config: Config, card: Heads, branches: int) -> Config:
     """The configuration with the layout that suits the model, now that it is known.
 
@@ -268,7 +292,9 @@ def fit_layout(config: Config, card: Heads, branches: int) -> Config:
 
 
 def save_frozen(config: Config, path: Path) -> None:
-    """Write the resolved configuration for the children of a launcher."""
+    """Write the resolved configuration for the children of a launcher; nobody else reads it, it may hold a password."""
+    path.touch(mode=0o600)
+    path.chmod(0o600)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(config)))
 
 

@@ -13,7 +13,7 @@ import pytest
 import structlog
 from served import BODY, eventually
 
-from gateway.auth import is_owned, owned_id
+from gateway.owners import is_owned, owned_id
 from launch.cli import main
 from launch.options import take_in
 from runtime.apikeys import line_for, parse_keys, read_keys

@@ -36,7 +36,9 @@ def schemathesis(start, tmp_path):
     def examine(*words, **environment):
         command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(SETTINGS), "run"]
         place = [f"{gateway.url}/openapi.json", "--no-color", "--seed", "7", *words]
-        return subprocess.run([*command, *place], capture_output=True, text=True, timeout=300, cwd=tmp_path)
+        return subprocess.run(
+            [*command, *place], check=False, capture_output=True, text=True, timeout=300, cwd=tmp_path
+        )
 
     yield examine
     calm(gateway)
@@ -92,29 +94,15 @@ NAMES = [
 ]
 VALUES = [
     *(b"", b"a cat", b"1", b"-1", b"true", b"null", b"nan", b"96x64", b"1e999", b"9" * 400, b"\x00", b"\xff\xfe"),
-    *(
-        b'{"seed": 1}',
-        b"{",
-        b"[" * 3000,
-        b'"\\ud800"',
-        b"\x89PNG\r\n\x1a\n",
-        b"\xff\xd8\xff",
-        b"data:image/png;base64,!",
-    ),
-    *(b"http://127.0.0.1/", b"file:///etc/passwd", b"\r\n--x--\r\n", b"x" * 30_000),
+    *(b'{"seed": 1}', b"{", b"[" * 3000, b'"\\ud800"', b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff"),
+    *(b"data:image/png;base64,!", b"http://127.0.0.1/", b"file:///etc/passwd", b"\r\n--x--\r\n", b"x" * 30_000),
 ]
 HEADERS = [
-    b"",
-    b"; filename=a.png",
-    b'; filename="../../a"',
-    b"; filename*=utf-8''%ff",
-    b'; filename=""',
+    *(b"", b"; filename=a.png", b'; filename="../../a"', b"; filename*=utf-8''%ff", b'; filename=""'),
     b'; name="seed"',
 ]
 KINDS = [
-    b"",
-    b"content-type: image/png\r\n",
-    b"content-type: text/plain; charset=utf-16\r\n",
+    *(b"", b"content-type: image/png\r\n", b"content-type: text/plain; charset=utf-16\r\n"),
     b"content-type: \xff\r\n",
 ]
 ENDS = [b"--x--\r\n", b"", b"--x", b"--y--\r\n", b"--x--", b"--x--\r\n" * 3]

@@ -12,8 +12,8 @@ from gateway.auth import TOKEN_S, caller, token_for
 from gateway.body import read_body
 from gateway.jobs.outputs import VIDEO_ID
 from gateway.openapi import Token, answers, body_of
-from gateway.owners import find_own
 from gateway.replies import reply
+from gateway.routes.videos import existing
 from gateway.services import Here
 
 router = APIRouter(prefix="/v1/tokens")
@@ -32,6 +32,6 @@ class TokenCreate(BaseModel):
 async def create(request: Request, here: Here) -> Response:
     """A token for `?token=` of GET /v1/videos/{id} and everything below it; empty where no key is asked for."""
     body = await read_body(request, TokenCreate)
-    job = await find_own(request, here, body.video_id)
+    job = await existing(body.video_id, request, here)
     token, until = token_for(caller(request), job.id, body.expires_in)
     return reply({"object": "token", "token": token, "video_id": job.id, "expires_at": until})
