@@ -55,11 +55,15 @@ class _OrText:
     pattern: str
 
     def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        return {"anyOf": [handler(core), {"type": "string", "pattern": f"^{self.pattern}$"}]}
+        number = handler(core)
+        for ours, theirs in (("ge", "minimum"), ("lt", "exclusiveMaximum")):
+            if ours in number:
+                number.setdefault(theirs, number.pop(ours))
+        return {"anyOf": [number, {"type": "string", "pattern": f"^{self.pattern}$"}]}
 
 
-Whole = Annotated[int, Field(ge=-(2**63), lt=2**63), BeforeValidator(_number(INTEGER, "integer")), _OrText(INTEGER)]
-Number = Annotated[float, Field(allow_inf_nan=False), BeforeValidator(_number(DECIMAL, "number")), _OrText(DECIMAL)]
+Whole = Annotated[int, BeforeValidator(_number(INTEGER, "integer")), Field(ge=-(2**63), lt=2**63), _OrText(INTEGER)]
+Number = Annotated[float, BeforeValidator(_number(DECIMAL, "finite number")), Field(allow_inf_nan=False), _OrText(DECIMAL)]
 Label = Annotated[str, Field(max_length=512)]
 
 _PICTURE = {

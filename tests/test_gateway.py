@@ -664,10 +664,12 @@ def test_running_jobs_tell_where_they_are_and_when_to_ask_again(gateway, fake):
 
 
 def test_the_api_describes_itself(gateway):
-    described = gateway.http.get("/openapi.json").json()["paths"]
+    told = gateway.http.get("/openapi.json").json()
+    described = told["paths"]
     assert {"/v1/videos", "/v1/videos/{video_id}/events", "/v1/models/{model_id}", "/health/ready"} <= described.keys()
     bodies = described["/v1/videos"]["post"]["requestBody"]["content"]
-    assert {"prompt", "size", "seconds", "num_frames"} <= bodies["multipart/form-data"]["schema"]["properties"].keys()
+    name = bodies["multipart/form-data"]["schema"]["$ref"].rpartition("/")[2]
+    assert {"prompt", "size", "seconds", "num_frames"} <= told["components"]["schemas"][name]["properties"].keys()
 
 
 def test_models_and_health(gateway):
@@ -682,7 +684,7 @@ def test_models_and_health(gateway):
     }
     gateway.wait(gateway.create(num_frames=1))
     assert gateway.http.get("/models").json() == described
-    card = {"id": "demo", "object": "model", "created": 0, "owned_by": "framemesh"} | described
+    card = {"id": "demo", "object": "model", "created": 0, "owned_by": "framemesh", "root": "demo"} | described
     assert gateway.http.get("/v1/models").json() == {"object": "list", "data": [card]}
     assert gateway.http.get("/v1/models/demo").json() == card
     for path in ("/health", "/health/ready"):
