@@ -116,7 +116,8 @@ def _http_exception(request: Request, error: Any) -> Response:
 
 
 def _allowed(request: Request) -> str:
-    """What a path answers to: routes know their own methods only, and several share a path."""
+    """What a path answers to: routes know their own methods only, and several share a path. The first that fits is the
+    one that is meant: `/v1/videos/edits` is no video's id."""
     routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
     fit = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
-    return ", ".join(sorted({method for route in fit for method in route.methods or ()}))
+    return ", ".join(sorted({method for route in fit for method in route.methods or () if route.path == fit[0].path}))

@@ -63,7 +63,9 @@ class _OrText:
 
 
 Whole = Annotated[int, BeforeValidator(_number(INTEGER, "integer")), Field(ge=-(2**63), lt=2**63), _OrText(INTEGER)]
-Number = Annotated[float, BeforeValidator(_number(DECIMAL, "finite number")), Field(allow_inf_nan=False), _OrText(DECIMAL)]
+Number = Annotated[
+    float, BeforeValidator(_number(DECIMAL, "finite number")), Field(allow_inf_nan=False), _OrText(DECIMAL)
+]
 Label = Annotated[str, Field(max_length=512)]
 
 _PICTURE = {

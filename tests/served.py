@@ -16,7 +16,7 @@ import psutil
 import uvicorn
 from fake_mesh import FakeMesh
 
-from gateway.__main__ import listen
+from gateway.__main__ import listen, store_url
 from gateway.app import create_app
 from gateway.catalog import Catalog, Model
 from gateway.http1 import Http
@@ -54,7 +54,7 @@ class Gateway:
         mesh = Mesh(self.fake.endpoint, frames, batching_delay_s=self.config.batching_delay_ms / 1000)
         model = Model(self.config.model_name, self.fake.card, mesh, self.config.served_model_name[1:])
         catalog = Catalog([model], allow_any=self.config.allow_any_model)
-        store = JobStore(f"sqlite:///{self.config.output_path}/jobs.sqlite3")
+        store = JobStore(store_url(self.config), lease_s=self.config.job_lease)
         self.app = create_app(self.config, catalog, store, max_body_bytes=self._max_body_bytes)
         settings = uvicorn.Config(self.app, http=Http, log_config=None, access_log=False, timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(settings)

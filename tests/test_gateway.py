@@ -139,7 +139,7 @@ REFUSED = [
     ({"content": b'{"a":' * 20_000}, 400, "body", "invalid_json", "JSON"),
     ({"content": b"prompt=\xff", "headers": {"content-type": "application/x-www-form-urlencoded"}}, 400, "body",
      "invalid_value", "form"),
-    ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, None, "bad_request", "boundary"),
+    ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "body", "invalid_form", "boundary"),
     ({"content": b"a" * 100_001}, 413, None, "request_too_large", "100000"),
     ({"content": (b"a" * 10_000 for _ in range(11))}, 413, None, "request_too_large", "100000"),
     ({"json": BODY, "headers": {"idempotency-key": "k" * 256}}, 400, "idempotency-key", "invalid_value", "255"),
