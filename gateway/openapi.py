@@ -23,6 +23,8 @@ Bodies may be JSON, multipart or URL-encoded; in forms, nested fields are writte
 """
 MAKES = {"Video": ("video_id", "$response.body#/id"), "Images": ("image_id", "$response.body#/data/0/id")}
 """Answers that carry a new id: the parameter that takes it elsewhere, and where it is."""
+TOKEN_PATHS = ("/v1/videos/{video_id}", "/v1/images/{image_id}")
+"""What can be read with a token in the query as well."""
 HTTP_METHODS = ("get", "put", "post", "delete", "patch", "head", "options")
 REF = "#/components/schemas/"
 Json = dict[str, Any]
@@ -245,11 +247,13 @@ def _finish(found: Json, protected: bool, models: Sequence[str] | None) -> Json:
                 # FastAPI takes the errors of a stream for a stream.
                 answer["content"] = {"application/json": {"schema": {"$ref": f"{REF}{ErrorAnswer.__name__}"}}}
         if protected and not OPEN.fullmatch(path):
-            operation["security"] = [{"api_key": []}]
+            by_token = operation is found["paths"][path].get("get") and path.startswith(TOKEN_PATHS)
+            operation["security"] = [{"api_key": []}, *([{"token": []}] if by_token else [])]
     _link(found)
     if protected:
         scheme = {"type": "http", "scheme": "bearer", "description": "An API key of this server."}
-        found["components"]["securitySchemes"] = {"api_key": scheme}
+        token = {"type": "apiKey", "in": "query", "name": "token", "description": "Made by POST /v1/tokens."}
+        found["components"]["securitySchemes"] = {"api_key": scheme, "token": token}
     return found
 
 

@@ -85,7 +85,7 @@ class Generation(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str
+    prompt: str = Field(json_schema_extra={"pattern": r"\S"})
     model: str | None = None
     size: str | None = Field(
         None, json_schema_extra={"pattern": SIZES}, description='"WIDTHxHEIGHT" or "auto"; unset: the model\'s default'

@@ -119,6 +119,7 @@ def test_keys_come_from_the_environment(tmp_path):
         {"max_queue": -1},
         {"max_pixels": 0},
         {"served_model_name": ("a", "a")},
+        {"served_model_name": "wan"},
         {"served_model_name": ("",)},
     ],
 )
@@ -361,6 +362,35 @@ def test_the_line_has_an_end_and_the_cost_model_says_when_to_come_back(start, fa
     gateway.http.delete(f"/v1/videos/{made[0]}")
     assert gateway.create()
     fake.release()
+
+
+def test_a_repeated_request_needs_no_room(start, fake):
+    fake.held = {"queued"}
+    gateway = start(max_queue=1, rate_limit="1/hour")
+    key = {"idempotency-key": "again"}
+    first = gateway.http.post("/v1/videos", json=BODY, headers=key).json()["id"]
+    again = gateway.http.post("/v1/videos", json=BODY, headers=key)
+    assert (again.status_code, again.json()["id"]) == (200, first)
+    assert gateway.http.post("/v1/videos", json=BODY).status_code == 429
+    fake.release()
+
+
+def test_a_stream_of_an_image_holds_its_place_until_it_ends(start, fake):
+    fake.held = {"encode"}
+    gateway = start(max_concurrent_per_key=1)
+    body = {"prompt": "a", "num_inference_steps": 2}
+    with gateway.http.stream("POST", "/v1/images/generations", json=body | {"stream": True}) as answer:
+        assert answer.status_code == 200
+        assert gateway.http.post("/v1/images/generations", json=body).status_code == 429
+        fake.release()
+        assert "image_generation.completed" in answer.read().decode()
+    assert gateway.http.post("/v1/images/generations", json=body).status_code == 200
+    fake.held = {"encode"}
+    with gateway.http.stream("POST", "/v1/images/generations", json=body | {"stream": True}):
+        fake.wait_for("encode")
+    eventually(lambda: fake.cancelled)
+    fake.release()
+    eventually(lambda: gateway.http.post("/v1/images/generations", json=body).status_code == 200)
 
 
 def test_images_that_are_made_hold_a_place(start, fake):

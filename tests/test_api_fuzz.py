@@ -16,7 +16,10 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from served import eventually
 
+from runtime.apikeys import line_for
+
 SETTINGS = Path(__file__).parent / "data" / "schemathesis.toml"
+SECRET = "fm-of-the-fuzzer"
 SMALL = {"max_pixels": 96 * 64 * 17, "max_queue": 10_000}
 """Random sizes would keep the encoders busy for minutes."""
 
@@ -28,9 +31,9 @@ def quiet():
 
 
 @pytest.fixture
-def schemathesis(start, tmp_path):
+def schemathesis(start, tmp_path, request):
     """A function that has the API examined and returns what was found."""
-    gateway = start(**SMALL)
+    gateway = start(**SMALL, **getattr(request, "param", {}))
 
     def examine(*words, **environment):
         command = [sys.executable, "-m", "schemathesis.cli", "--config-file", str(SETTINGS), "run"]
@@ -40,6 +43,7 @@ def schemathesis(start, tmp_path):
         )
 
     yield examine
+    gateway.http.headers["authorization"] = f"Bearer {SECRET}"
     calm(gateway)
 
 
@@ -65,8 +69,9 @@ def test_the_api_does_what_its_description_says(schemathesis):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("schemathesis", [{}, {"api_keys": (line_for("me", SECRET),)}], indirect=True)
 def test_the_api_does_what_its_description_says_at_length(schemathesis):
-    found = schemathesis("--max-time", "60")
+    found = schemathesis("--max-time", "60", "--header", f"Authorization: Bearer {SECRET}")
     assert found.returncode == 0, found.stdout[-6000:] + found.stderr[-2000:]
 
 

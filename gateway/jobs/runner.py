@@ -211,6 +211,10 @@ class JobRunner:
         page = await self._store.list(after, limit, order, account)
         return Page([self._newest(job) for job in page.jobs], page.has_more)
 
+    async def was_asked(self, account: str, idempotency_key: str | None) -> bool:
+        """Whether such a request was accepted before; the same again makes no work."""
+        return idempotency_key is not None and await self._store.with_key(account, idempotency_key) is not None
+
     def under_way(self) -> Iterator[Job]:
         """Every job that has a task in this process, as it is now."""
         return (live.job for live in self._live.values())

@@ -220,6 +220,12 @@ class JobStore:
             return earlier[0]
         return job
 
+    async def with_key(self, account: str, idempotency_key: str) -> Job | None:
+        """The job that an account made under a key."""
+        same = (_columns.account == account) & (_columns.idempotency_key == idempotency_key)
+        found = await self._select(select(_table).where(same))
+        return found[0] if found else None
+
     async def get(self, job_id: str, account: str | None = None) -> Job | None:
         """None also for a job of another account than the one that is asked for."""
         query = select(_table).where(_columns.id == job_id, _of(account))

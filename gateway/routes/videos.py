@@ -176,7 +176,8 @@ async def _submit(request: Request, here: Services, body: VideoCreate, idempoten
         safety_identifier=body.safety_identifier,
         warnings=body.warnings,
     )
-    with await here.admission.enter(request, model, params):
+    again = await here.runner.was_asked(terms.key, idempotency_key)
+    with contextlib.nullcontext() if again else await here.admission.enter(request, model, params):
         kept = await here.inputs.take(given, model.card.max_input_images)
         asked = msgspec.structs.replace(asked, **({"images": kept.images} | more))
         drawn_seed = body.seed is None
