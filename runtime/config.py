@@ -238,8 +238,9 @@ def _check_admission(config: Config) -> None:
             raise InvalidInput(name, f"{value} would let nothing in; take 1 or more, or leave it out")
     if config.max_queue < 0:
         raise InvalidInput("max_queue", f"{config.max_queue} is negative; take 0 (no limit) or more")
-    if isinstance(config.served_model_name, str):
-        raise InvalidInput("served_model_name", f"{config.served_model_name!r} is text; give a tuple of names")
+    names: object = config.served_model_name
+    if isinstance(names, str):
+        raise InvalidInput("served_model_name", f"{names!r} is text; give a tuple of names")
     if not all(config.served_model_name):
         raise InvalidInput("served_model_name", "holds an empty name")
     if len(set(config.served_model_name)) < len(config.served_model_name):
