@@ -69,7 +69,7 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
     app.state.services = here
     for router in ROUTERS:
         app.include_router(router)
-    describe(app, protected=not keyring.is_open, models=None if config.allow_any_model else catalog.names)
+    describe(app, config, catalog.names, protected=not keyring.is_open)
     app.add_exception_handler(InvalidInput, _invalid_input)
     app.add_exception_handler(NotReady, _not_ready)
     app.add_exception_handler(Refused, _refused)

@@ -125,6 +125,11 @@ def _signature(path: Path) -> tuple[int, int, int] | None:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
+def needs_no_key(path: str, *, protect_metrics: bool) -> bool:
+    """Whether everybody may ask for it."""
+    return OPEN.fullmatch(path) is not None or (path == METRICS and not protect_metrics)
+
+
 class Authentication:
     """401 for whoever has no key, before anything of the body is read; for all others `caller()` is known."""
 
@@ -154,7 +159,8 @@ class Authentication:
         key = await self._keyring.find(secret) if secret else await self._by_token(scope)
         if key is not None:
             return Caller(key.name, key)
-        return Caller("") if self._needs_no_key(scope["path"]) else None
+        free = needs_no_key(scope["path"], protect_metrics=self._protect_metrics)
+        return Caller("") if free else None
 
     async def _by_token(self, scope: Scope) -> ApiKey | None:
         place = READABLE.fullmatch(scope["path"])
@@ -166,9 +172,6 @@ class Authentication:
         if key is None or claim is None or claim.id != place[1] or claim.until < time.time():
             return None
         return key if hmac.compare_digest(_sign(key, claim.id, claim.until), tokens[0]) else None
-
-    def _needs_no_key(self, path: str) -> bool:
-        return OPEN.fullmatch(path) is not None or (path == METRICS and not self._protect_metrics)
 
 
 def caller(request: Request) -> Caller:

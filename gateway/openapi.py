@@ -13,8 +13,9 @@ from fastapi import FastAPI
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 
-from gateway.auth import OPEN
+from gateway.auth import needs_no_key
 from gateway.jobs.store import Status
+from runtime.config import Config
 
 DESCRIPTION = """\
 Images and videos from diffusion models, in the shapes of OpenAI's Images and Videos API, with frames while they are
@@ -218,27 +219,30 @@ def body_of(kind: type[BaseModel]) -> Json:
     return {"requestBody": {"required": True, "content": dict.fromkeys(forms, content)}}
 
 
-def describe(app: FastAPI, *, protected: bool, models: Sequence[str] | None) -> None:
+def describe(app: FastAPI, config: Config, models: Sequence[str], *, protected: bool) -> None:
     """Have the application describe itself.
 
     Args:
         app: with all its routes.
+        config: says what needs no key, and whether `model` may hold any name.
+        models: the names that it may hold otherwise.
         protected: whether API keys are asked for.
-        models: the names that `model` may hold; None: any.
     """
 
     def openapi() -> Json:
         if app.openapi_schema is None:
             found = get_openapi(title=app.title, version=app.version, description=DESCRIPTION, routes=app.routes)
-            app.openapi_schema = _finish(found, protected, models)
+            app.openapi_schema = _finish(found, None if config.allow_any_model else models)
+            if protected:
+                _protect(found, config.protect_metrics)
         return app.openapi_schema
 
     app.openapi = openapi  # type: ignore[method-assign]
 
 
-def _finish(found: Json, protected: bool, models: Sequence[str] | None) -> Json:
+def _finish(found: Json, models: Sequence[str] | None) -> Json:
     components = found.setdefault("components", {}).setdefault("schemas", {})
-    for path, operation in _operations(found):
+    for _, operation in _operations(found):
         for media in operation.get("requestBody", {}).get("content", {}).values():
             media["schema"] = _hoist(media["schema"], components, models)
         for status, answer in operation["responses"].items():
@@ -246,15 +250,19 @@ def _finish(found: Json, protected: bool, models: Sequence[str] | None) -> Json:
             if status in ERRORS:
                 # FastAPI takes the errors of a stream for a stream.
                 answer["content"] = {"application/json": {"schema": {"$ref": f"{REF}{ErrorAnswer.__name__}"}}}
-        if protected and not OPEN.fullmatch(path):
+    _link(found)
+    return found
+
+
+def _protect(found: Json, protect_metrics: bool) -> None:
+    """Say what wants a key, and where a token will do."""
+    scheme = {"type": "http", "scheme": "bearer", "description": "An API key of this server."}
+    token = {"type": "apiKey", "in": "query", "name": "token", "description": "Made by POST /v1/tokens."}
+    found["components"]["securitySchemes"] = {"api_key": scheme, "token": token}
+    for path, operation in _operations(found):
+        if not needs_no_key(path, protect_metrics=protect_metrics):
             by_token = operation is found["paths"][path].get("get") and path.startswith(TOKEN_PATHS)
             operation["security"] = [{"api_key": []}, *([{"token": []}] if by_token else [])]
-    _link(found)
-    if protected:
-        scheme = {"type": "http", "scheme": "bearer", "description": "An API key of this server."}
-        token = {"type": "apiKey", "in": "query", "name": "token", "description": "Made by POST /v1/tokens."}
-        found["components"]["securitySchemes"] = {"api_key": scheme, "token": token}
-    return found
 
 
 def _link(found: Json) -> None:
