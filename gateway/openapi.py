@@ -209,6 +209,8 @@ def answers_bytes(*media_types: str, description: str = "The file.", ranges: boo
     if ranges:
         some = {"multipart/byteranges": {"schema": {"type": "string", "format": "binary"}}}
         found[206] = {"content": content | some, "description": "The part that the header Range asks for."}
+        found[302] = {"description": "It lies in an object store: where, for a while."}
+        found[304] = {"description": "The client has it already."}
     return found
 
 

@@ -8,11 +8,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import re
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -37,8 +35,6 @@ from runtime.log import get_logger
 from runtime.protocol import Progress
 from runtime.protocol import Request as Generation
 from runtime.sampling import check_terms
-
-IMAGE_ID = re.compile(r"image_[0-9a-f]+")
 
 _ANSWERS = answers(Images, stream=True)
 _FILES = answers_bytes("image/png", "image/webp", "image/jpeg", ranges=True)
@@ -82,14 +78,12 @@ async def edit(request: Request, here: Here) -> Response:
 
 
 @router.get("/{image_id}/content", name="image_content", response_class=FileResponse, responses=_FILES)
-async def content(image_id: str, request: Request) -> Response:
-    folder = _folder(request)
-    found = sorted(folder.glob(f"{image_id}.*")) if IMAGE_ID.fullmatch(image_id) else []
-    asking = caller(request)
-    if not found or not (asking.scope is None or is_owned(image_id, asking.scope)):
+async def content(image_id: str, request: Request, here: Here) -> Response:
+    scope = caller(request).scope
+    found = await here.runner.outputs.image(image_id) if scope is None or is_owned(image_id, scope) else None
+    if found is None:
         raise InvalidInput("image_id", f"there is no image {image_id!r}", code="image_not_found")
-    media_type = f"image/{found[0].suffix.removeprefix('.')}"
-    return FileResponse(found[0], media_type=media_type, filename=found[0].name, content_disposition_type="inline")
+    return await here.delivery.send(found, request)
 
 
 def _refuse_idempotency(request: Request) -> None:
@@ -130,11 +124,11 @@ async def _answer(call: Call) -> Response:
     try:
         with call.place:
             pictures = await unless_client_leaves(call.request, make_all(call.commission))
+        entries = [await _entry(call, picture) for picture in pictures or ()]
     except RequestFailed as error:
         return failure_reply(error.code, error.reason)
     if pictures is None:
         return Response(status_code=CLIENT_LEFT)
-    entries = [await _entry(call, picture) for picture in pictures]
     answer = {"created": call.created, "data": entries} | _described(call) | await _summed(call, pictures)
     return reply(answer)
 
@@ -201,18 +195,9 @@ async def _entry(call: Call, picture: Picture) -> dict[str, Any]:
     known = {"id": picture.id, "seed": picture.seed, "timings": picture.timings, "usage": usage_object(picture.usage)}
     if call.body.response_format == "b64_json":
         return {"b64_json": (await asyncio.to_thread(base64.b64encode, picture.file)).decode()} | known
-    path = _folder(call.request) / f"{picture.id}.{call.body.output_format}"
-    await asyncio.to_thread(_write, path, picture.file)
+    outputs, call_url = services(call.request).runner.outputs, call.request.app.url_path_for
+    await outputs.keep_image(picture.id, f".{call.body.output_format}", picture.file)
     base = (services(call.request).config.public_url or "").rstrip("/")
-    url = base + call.request.app.url_path_for("image_content", image_id=picture.id)
+    url = base + call_url("image_content", image_id=picture.id)
     token, _ = token_for(caller(call.request), picture.id)
     return {"url": f"{url}?token={token}" if token else url} | known
-
-
-def _write(path: Path, file: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(file)
-
-
-def _folder(request: Request) -> Path:
-    return Path(services(request).config.output_path) / "images"
