@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from launch.generator import Generator, Result
 from launch.observe import work_left
 from launch.progress import ProgressView
 from launch.supervisor import Supervisor
+from runtime.apikeys import line_for, new_key
 from runtime.config import Config
 from runtime.errors import RequestFailed, StartFailed
 from runtime.log import get_logger, setup_logging
@@ -30,6 +32,9 @@ DRAIN_S = 3.0
 """How long idle ranks get to leave by themselves at the end."""
 OVERTIME_S = 30.0
 """How long the writing of checkpoints and the leaving may take after the time for a drain is over."""
+
+OWN_NAME = "framemesh-run"
+"""The account of the one prompt of `run`."""
 
 log = get_logger("launcher")
 
@@ -133,7 +138,16 @@ async def _drain(supervisor: Supervisor, timeout_s: float | None) -> None:
         log.error("the drain did not end in its time; what is left goes on at the next start", timeout_s=timeout_s)
 
 
+def with_own_key(config: Config, secret: str) -> Config:
+    """A server that asks for keys lets us in too."""
+    if not config.api_keys and config.api_keys_file is None:
+        return config
+    return replace(config, api_keys=(*config.api_keys, line_for(OWN_NAME, secret)))
+
+
 async def _run_once(config: Config, folder: Path, params: SamplingParams, file_name: str | None) -> int:
+    secret = new_key()
+    config = with_own_key(config, secret)
     supervisor, signals = Supervisor(config, folder, with_gateway=True, quiet=True), Signals()
     made: list[tuple[Path, Path, int, dict[str, float]]] = []
     with ProgressView() as view:
@@ -143,7 +157,7 @@ async def _run_once(config: Config, folder: Path, params: SamplingParams, file_n
             await supervisor.start()
             await supervisor.wait_ready()
             ended = asyncio.create_task(supervisor.watch())
-            client = Client(supervisor.url)
+            client = Client(supervisor.url, secret)
             # Closed, it waits for nobody any more in the thread.
             closing.callback(client.close)
             video = asyncio.create_task(asyncio.to_thread(_one_video, client, config, params, file_name, view))

@@ -15,10 +15,13 @@ from served import BODY, eventually
 
 from gateway.owners import is_owned, owned_id
 from launch.cli import main
+from launch.client import Client
 from launch.options import take_in
+from launch.serve import with_own_key
 from runtime.apikeys import line_for, parse_keys, read_keys
 from runtime.config import Config, check_config
-from runtime.errors import InvalidInput
+from runtime.errors import FramemeshError, InvalidInput
+from runtime.sampling import SamplingParams
 
 ALICE, BOB = "fm-alice", "fm-bob"
 TWO_KEYS = (line_for("alice", ALICE), line_for("bob", BOB))
@@ -100,6 +103,17 @@ def test_the_command_makes_a_key_and_its_line(capsys, tmp_path):
     assert capsys.readouterr().out.split()[0] != secret
     assert main(["apikey", "no/name"]) == 2
     assert "letters" in capsys.readouterr().err
+
+
+def test_the_server_of_one_prompt_lets_itself_in(start):
+    assert with_own_key(Config(), "mine") == Config()
+    config = with_own_key(Config(api_keys=TWO_KEYS), "mine")
+    gateway = start(api_keys=config.api_keys)
+    with Client(gateway.url, "mine") as client:
+        video = client.create(SamplingParams(prompt="a", num_inference_steps=2))
+        assert client.retrieve(video["id"])["id"] == video["id"]
+    with Client(gateway.url, "other") as client, pytest.raises(FramemeshError, match="Incorrect API key"):
+        client.create(SamplingParams(prompt="a"))
 
 
 def test_keys_come_from_the_environment(tmp_path):
