@@ -279,6 +279,16 @@ class Encode(Message, frozen=True):
     """By request; those that are not in it start at step 0."""
 
 
+class PreviewTo(msgspec.Struct, frozen=True):
+    """A preview that is due when a denoise item ends."""
+
+    request_id: Id
+    endpoint: Place
+    """Where its gateway takes frames."""
+    attempt: Times
+    """Goes into the header."""
+
+
 class Denoise(Message, frozen=True):
     """`steps` denoising steps of a batch on a layout."""
 
@@ -287,6 +297,7 @@ class Denoise(Message, frozen=True):
     layout: Layout
     request_ids: Ids
     steps: SomeSteps
+    previews: Annotated[tuple[PreviewTo, ...], Meta(max_length=MAX_REQUESTS)] = ()
 
 
 class Decode(Message, frozen=True):
