@@ -8,6 +8,7 @@ from runtime.errors import PeerGone
 from runtime.log import get_logger
 from runtime.protocol import (
     Cancel,
+    Cancelled,
     Checkpointed,
     CheckpointFailed,
     Done,
@@ -114,7 +115,7 @@ class Engine:
             case Submit():
                 self._scheduler.submit(sender, message.requests, now)
             case Cancel():
-                self._scheduler.cancel(message.request_id, message.reason, now)
+                self._cancel(sender, message, now)
             case Stored():
                 self._scheduler.stored(sender, message.request_id, now)
             case Grant():
@@ -130,6 +131,15 @@ class Engine:
                 self._scheduler.checkpointed(message.request_id, message.saved)
             case _:
                 self._hear_rank(sender, message, now)
+
+    def _cancel(self, sender: bytes, message: Cancel, now: float) -> None:
+        """A gateway ends what is its own, and always hears of the end: it may wait for that word. Another gateway may
+        have taken the request over since."""
+        record = self._scheduler.requests.get(message.request_id)
+        if record is None or sender not in self._gateways or record.gateway == sender:
+            self._scheduler.cancel(message.request_id, message.reason, now)
+        if sender in self._gateways and (record is None or record.gateway != sender):
+            self._send(sender, Cancelled(message.request_id, message.reason))
 
     def _hear_stale(self, sender: bytes, message: ToScheduler, now: float) -> None:
         """Somebody who knew our predecessor: it learns our epoch and says hello again."""

@@ -187,7 +187,8 @@ class Cancelled(Message, frozen=True):
 
 
 class MeshState(Message, frozen=True):
-    """Whether the mesh takes work, and why not. `model` is set once it is loaded."""
+    """Whether the mesh takes work, and why not. `model` is set once it is loaded, and left out where nothing but the
+    backlog is new: tokenizers are large."""
 
     ready: bool
     reason: str
@@ -200,6 +201,8 @@ class MeshState(Message, frozen=True):
     """Takes no new work and ends when what runs has ended."""
     gave_up: bool = False
     """The worker group was lost too often in a short time; `reason` is the last loss."""
+    backlog_s: Seconds = 0.0
+    """Predicted seconds until all that was accepted is done, if nothing else arrives."""
 
 
 class Welcome(Message, frozen=True):

@@ -272,9 +272,8 @@ class FakeMesh:
                 self._drain()
             case Cancel():
                 self.cancelled.append(message.request_id)
-                running = self._running.pop(message.request_id, None)
-                if running is not None:
-                    self._tell(sender, Cancelled(message.request_id, message.reason))
+                self._running.pop(message.request_id, None)
+                self._tell(sender, Cancelled(message.request_id, message.reason))
             case Stored():
                 self.stored.append(message.request_id)
                 if message.request_id in self._running:

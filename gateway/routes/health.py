@@ -1,4 +1,4 @@
-"""/health: whether this process lives, and whether the mesh behind it takes work."""
+"""/health: whether this process lives, and whether a mesh behind it takes work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ async def live() -> Response:
 @router.get("")
 @router.get("/ready")
 async def ready(here: Here) -> Response:
-    state = here.catalog.default.mesh.state
+    state = here.catalog.state
     answer = {"reason": state.reason, "ranks_ready": state.ranks_ready, "num_ranks": state.num_ranks}
     if state.ready and not state.draining:
         return reply({"status": "ready"} | answer)

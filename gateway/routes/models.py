@@ -17,12 +17,16 @@ router = APIRouter()
 
 @router.get("/v1/models")
 async def list_models(here: Here) -> Response:
+    """All of them, those that are still loading by name alone; 503 until one is loaded."""
+    if all(model.mesh.model is None for model in here.catalog):
+        raise NotReady(here.catalog.state.reason)
     return reply({"object": "list", "data": [_card(model) for model in here.catalog]})
 
 
 @router.get("/v1/models/{model_id:path}")
 async def retrieve_model(model_id: str, here: Here) -> Response:
-    return reply(_card(here.catalog.find(model_id)))
+    model = here.catalog.find(model_id)
+    return reply(_card(model) | _description(model))
 
 
 @router.get("/models")
@@ -32,7 +36,8 @@ async def describe(here: Here) -> Response:
 
 
 def _card(model: Model) -> dict[str, Any]:
-    return {"id": model.name, "object": "model", "created": 0, "owned_by": "framemesh"} | _description(model)
+    named = {"id": model.name, "object": "model", "created": 0, "owned_by": "framemesh"}
+    return named if model.mesh.model is None else named | _description(model)
 
 
 def _description(served: Model) -> dict[str, Any]:
