@@ -329,7 +329,7 @@ class Replicas:
             raise NotReady(reason, draining=True)
 
     def _reason(self) -> str:
-        """"ready", or who is not and why."""
+        """ "ready", or who is not and why."""
         told = [f"replica {number}: {r.reason}" for number, r in enumerate(self._replicas) if r.reason]
         return "; ".join(told) or "ready"
 
