@@ -266,6 +266,8 @@ class Replicas:
             async with asyncio.timeout(SILENT_S):
                 while not all(mesh.heard for mesh in self.meshes):
                     await self._change()
+        for replica in self._replicas:
+            replica.tick(0.0)
         heard = [replica for replica in self._replicas if replica.quiet_s < SILENT_S]
         known = await asyncio.gather(*(replica.mesh.has(request_id) for replica in heard))
         return next((replica for replica, has in zip(heard, known, strict=True) if has), None)
@@ -304,12 +306,18 @@ class Replicas:
         if replica.state is not replica.mesh.state:
             replica.state = replica.mesh.state
             replica.sent_s.clear()
-        ours, theirs = self.model, replica.mesh.model
-        stranger = ours is not None and theirs is not None and ours.configs != theirs.configs
-        if stranger and not replica.stranger:
-            log.error("a mesh gets no work: it runs another model", mesh=replica.mesh.scheduler)
-        replica.stranger = stranger
+        self._find_strangers()
         self._changed.set()
+
+    def _find_strangers(self) -> None:
+        """The first mesh of those that have loaded it says which model it is."""
+        ours = self.model
+        for replica in self._replicas:
+            theirs = replica.mesh.model
+            stranger = ours is not None and theirs is not None and ours.configs != theirs.configs
+            if stranger and not replica.stranger:
+                log.error("a mesh gets no work: it runs another model", mesh=replica.mesh.scheduler)
+            replica.stranger = stranger
 
     def _goes_on(self, left: _Replica, error: NotReady | RequestFailed | Moved) -> bool:
         """Whether a request that a mesh sent away may find another one."""

@@ -27,10 +27,13 @@ from runtime.protocol import (
     FromScheduler,
     GatewayHello,
     Grant,
+    JobStatus,
     MeshState,
     ModelInfo,
+    Observe,
     Progress,
     Request,
+    Status,
     Stored,
     Submit,
     SupervisorHello,
@@ -45,7 +48,7 @@ MODEL_FOLDER = Path(__file__).parent.parent / "workers" / "demo" / "model"
 EPOCH = 4711
 BEAT_S = 1.0
 """Every gateway is written to at least so often."""
-HELLOS = GatewayHello | SupervisorHello
+HELLOS = GatewayHello | SupervisorHello | Observe
 
 
 def demo_model() -> ModelInfo:
@@ -117,6 +120,7 @@ class FakeMesh:
     stale: int = 0
     draining: bool = False
     gave_up: str = ""
+    backlog_s: float = 0.0
     hellos: list[int] = field(default_factory=list)
     """The epoch in which each gateway's hello came."""
 
@@ -128,6 +132,7 @@ class FakeMesh:
         self._frames: dict[str, Channel[FramesChunk, ToScheduler]] = {}
         self._ended = threading.Event()
         self._announce = threading.Event()
+        self._frozen = threading.Event()
         self._orders: list[Callable[[], None]] = []
         self._beaten = 0.0
         self._bind()
@@ -153,6 +158,17 @@ class FakeMesh:
     def become_ready(self) -> None:
         self.ready = True
         self._announce.set()
+
+    def announce(self) -> None:
+        """Tell every gateway how things stand."""
+        self._announce.set()
+
+    def freeze(self) -> None:
+        """As SIGSTOP: what is sent to it is read when it goes on."""
+        self._order(self._frozen.set)
+
+    def thaw(self) -> None:
+        self._frozen.clear()
 
     def drain(self) -> None:
         self._order(self._drain)
@@ -218,11 +234,19 @@ class FakeMesh:
             time.sleep(0.005)
         raise AssertionError(f"no request came to {mark}: {[r.mark for r in self._running.values()]}")
 
+    def at(self, request_id: str) -> str:
+        """The mark that a request has come to; empty if it does not run here."""
+        running = self._running.get(request_id)
+        return running.mark if running is not None else ""
+
     def _loop(self) -> None:
         try:
             while not self._ended.is_set():
                 while self._orders:
                     self._orders.pop(0)()
+                if self._frozen.is_set():
+                    time.sleep(0.01)
+                    continue
                 self._receive(0.001 if any(map(self._may_go_on, self._running.values())) else 0.02)
                 self._beat()
                 if self._announce.is_set():
@@ -270,6 +294,9 @@ class FakeMesh:
                     self._take(request, sender)
             case Drain():
                 self._drain()
+            case Observe():
+                self._tell(sender, Welcome(self.epoch))
+                self._tell(sender, self._status(message.prefix))
             case Cancel():
                 self.cancelled.append(message.request_id)
                 self._running.pop(message.request_id, None)
@@ -301,6 +328,11 @@ class FakeMesh:
         except PeerGone:
             self._gateways.pop(gateway, None)
 
+    def _status(self, prefix: str) -> Status:
+        running = [each.request for each in self._running.values() if each.request.id.startswith(prefix)]
+        jobs = tuple(JobStatus(request.id, request.key, "denoise", 1, 4, 1.0, 0.0, 1.0) for request in running)
+        return Status(self.epoch, self.ready, "ready", Layout(1, 1, 2), "srpt", "demo", 0, (), jobs, {}, (), None, 0, 0)
+
     def _state(self) -> MeshState:
         if self.gave_up:
             return MeshState(False, self.gave_up, 0, 2, self.model, gave_up=True)
@@ -308,7 +340,7 @@ class FakeMesh:
             return MeshState(False, "draining", 2, 2, self.model, draining=True)
         if not self.ready:
             return MeshState(False, "the workers are starting", 1, 2)
-        return MeshState(True, "ready", 2, 2, self.model)
+        return MeshState(True, "ready", 2, 2, self.model, backlog_s=self.backlog_s)
 
     def _may_go_on(self, running: _Running) -> bool:
         return running.mark not in self.held and (running.mark != "deliver" or running.stored)
