@@ -52,6 +52,10 @@ FRAME_CREDITS = 16
 
 SILENCE_S = 3.0
 """A scheduler that has said nothing for so long is greeted again: one that was started anew does not know us."""
+LOOK_S = 1.0
+"""A scheduler that takes longer to say how it stands does not count as there."""
+FRESH_S = 0.5
+"""A snapshot that is younger is shown again: however many look, the scheduler is asked so often at most."""
 MESH_LOST = "mesh_lost"
 """The code of requests that end because the mesh did."""
 DRAINING = "draining"
@@ -146,7 +150,7 @@ class Mesh:
     def __init__(self, scheduler: str, frames: str, *, batching_delay_s: float = 0.0) -> None:
         """`scheduler` is the endpoint to connect to, `frames` the one to take frames on."""
         self.scheduler = scheduler
-        self._control: AsyncChannel[FromGateway | Observe, FromScheduler] = AsyncChannel.connect(
+        self._control: AsyncChannel[FromGateway, FromScheduler] = AsyncChannel.connect(
             scheduler, FromScheduler, incarnation("gateway")
         )
         self._frames: AsyncChannel[Any, FramesChunk] = AsyncChannel.bind(frames, FramesChunk)
@@ -155,20 +159,24 @@ class Mesh:
         self._epoch: int | None = None
         self._spoken = 0.0
         """When the scheduler was heard or greeted last."""
+        self._looking: asyncio.Future[Status] | None = None
+        """The question how the mesh stands, while it has no answer."""
+        self._seen: Status | None = None
+        self._seen_at = 0.0
         self._inboxes: dict[str, _Inbox] = {}
         self._outbox: list[_Inbox] = []
         self._over: list[str] = []
         """Requests that the next scheduler has to be told are over."""
         self._dropped: set[str] = set()
         """Requests that went elsewhere, and of which the scheduler has not said that they are over."""
-        self._question = asyncio.Lock()
-        self._answer: asyncio.Future[Status] | None = None
+        self._asked: dict[str, asyncio.Future[Status]] = {}
+        """Requests of which somebody wants to know whether the scheduler has them."""
         self._tasks: list[asyncio.Task[None]] = []
         self._flush: asyncio.Task[None] | None = None
         self._changed = asyncio.Condition()
         self._tokenizer: PromptTokenizer | None = None
         self.state = MeshState(False, "the scheduler has not answered yet", 0, 0)
-        self.heard = 0
+        self.num_heard = 0
         """Messages of the scheduler so far; it speaks once a second."""
         self.on_state: Callable[[], None] = lambda: None
         """Called when `state` or `lost` has changed."""
@@ -294,6 +302,30 @@ class Mesh:
             elif not ended:
                 await self.cancel(request.id, "the submitter left")
 
+    @property
+    def dropped_messages(self) -> int:
+        """Messages that could not be read."""
+        counts = (self._control.dropped, self._frames.dropped)
+        return sum(dropped.malformed + dropped.wrong_version + dropped.refused for dropped in counts)
+
+    async def look(self) -> Status | None:
+        """How the mesh stands, at most half a second ago; None if its scheduler does not answer.
+
+        Any number of callers share one question; without a caller none is asked.
+        """
+        if self._seen is not None and time.monotonic() - self._seen_at < FRESH_S:
+            return self._seen
+        if self._looking is None:
+            self._looking = asyncio.get_running_loop().create_future()
+            await self._tell(Observe())
+        answer = self._looking
+        try:
+            return await asyncio.wait_for(asyncio.shield(answer), LOOK_S)
+        except TimeoutError:
+            if self._looking is answer:
+                self._looking = None
+            return None
+
     async def cancel(self, request_id: str, reason: str) -> None:
         await self._tell(Cancel(request_id, reason))
 
@@ -314,15 +346,14 @@ class Mesh:
 
     async def has(self, request_id: str) -> bool:
         """Whether the scheduler knows a request, by an earlier gateway's doing perhaps; no, if it does not answer."""
-        async with self._question:
-            self._answer = asyncio.get_running_loop().create_future()
-            await self._tell(Observe(request_id))
-            try:
-                status = await asyncio.wait_for(self._answer, ANSWER_S)
-            except TimeoutError:
-                return False
-            finally:
-                self._answer = None
+        answer = self._asked.setdefault(request_id, asyncio.get_running_loop().create_future())
+        await self._tell(Observe(request_id))
+        try:
+            status = await asyncio.wait_for(asyncio.shield(answer), ANSWER_S)
+        except TimeoutError:
+            return False
+        finally:
+            self._asked.pop(request_id, None)
         return any(job.id == request_id for job in status.jobs)
 
     async def forget(self, request_id: str) -> None:
@@ -367,7 +398,7 @@ class Mesh:
         if batch:
             await self._tell(Submit(batch))
 
-    async def _tell(self, message: FromGateway | Observe) -> None:
+    async def _tell(self, message: FromGateway) -> None:
         """What does not reach a scheduler is said again to the next one, or not worth saying."""
         try:
             await self._control.send(message)
@@ -397,15 +428,14 @@ class Mesh:
             else:
                 await self._hear(received.message)
             self._spoken = time.monotonic()
-            self.heard += 1
+            self.num_heard += 1
 
     async def _hear(self, message: FromScheduler) -> None:
         match message:
             case MeshState():
                 await self._see_state(message)
             case Status():
-                if self._answer is not None and not self._answer.done():
-                    self._answer.set_result(message)
+                self._see_status(message)
             case Progress() if message.request_id in self._dropped:
                 # It was not to be reached when it was told.
                 await self.drop(message.request_id)
@@ -470,6 +500,17 @@ class Mesh:
             self.state = state
             self._changed.notify_all()
         self.on_state()
+
+    def _see_status(self, status: Status) -> None:
+        if status.prefix:
+            asked = self._asked.get(status.prefix)
+            if asked is not None and not asked.done():
+                asked.set_result(status)
+            return
+        self._seen, self._seen_at = status, time.monotonic()
+        looking, self._looking = self._looking, None
+        if looking is not None and not looking.done():
+            looking.set_result(status)
 
     async def _hear_frames(self) -> None:
         while True:

@@ -68,7 +68,7 @@ class _Replica:
         if not self.mesh.state.ready:
             return self.mesh.state.reason
         if self.quiet_s >= SILENT_S:
-            return f"its scheduler has not been heard for {self.quiet_s:.0f} s"
+            return f"its scheduler has been silent for {self.quiet_s:.0f} s"
         return ""
 
     @property
@@ -83,8 +83,8 @@ class _Replica:
 
     def tick(self, seconds: float) -> None:
         """So many seconds have passed."""
-        self.quiet_s = self.quiet_s + seconds if self.mesh.heard == self.heard else 0.0
-        self.heard = self.mesh.heard
+        self.quiet_s = self.quiet_s + seconds if self.mesh.num_heard == self.heard else 0.0
+        self.heard = self.mesh.num_heard
 
     def leave(self, request_id: str) -> None:
         self.running.discard(request_id)
@@ -264,7 +264,7 @@ class Replicas:
             return None
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(SILENT_S):
-                while not all(mesh.heard for mesh in self.meshes):
+                while not all(mesh.num_heard for mesh in self.meshes):
                     await self._change()
         for replica in self._replicas:
             replica.tick(0.0)

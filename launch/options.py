@@ -47,7 +47,9 @@ CONFIG, SAMPLING, OUTPUT = settings_of(Config), settings_of(SamplingParams), set
 SETTINGS = CONFIG | SAMPLING | OUTPUT
 NAMES = [*SETTINGS, *LATER, *ALIASES]
 
-HTTP_ONLY = frozenset({"host", "port", "served_model_name", "batching_delay_ms", "replicas"})
+HTTP_ONLY = frozenset(
+    {"host", "port", "served_model_name", "batching_delay_ms", "database_url", "job_lease", "replicas"}
+)
 """Settings of the HTTP server, which `generate` does not start."""
 
 ELSEWHERE = frozenset({"bind", "mesh", "frames_bind"})

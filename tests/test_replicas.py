@@ -214,7 +214,7 @@ def test_a_silent_mesh_gets_nothing_new_and_is_not_ready(play, fakes, params, im
     async def scene(replicas):
         await (await begin(replicas, fakes, params, "first"))[0].whole(params)
         fakes[0].freeze()
-        await until(lambda: "has not been heard" in replicas.state.reason)
+        await until(lambda: "has been silent" in replicas.state.reason)
         assert replicas.state.ready
         before = len(fakes[0].submitted)
         for number in range(3):
