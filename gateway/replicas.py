@@ -219,7 +219,7 @@ class Replicas:
                     self._learn(request.params, told.last.timings)
                 return
             except (NotReady, RequestFailed, Moved) as error:
-                if not self._goes_on(replica, error):
+                if not (told.last is not None and _is_lost(error)) and not self._goes_on(replica, error):
                     raise
                 attempt = error.attempt if isinstance(error, Moved) else request.attempt
                 log.warning("a request goes on elsewhere", request=request.id, left=replica.mesh.scheduler)
@@ -345,6 +345,11 @@ class Replicas:
     def _spokesman(self) -> Mesh:
         """One that knows the model, if there is one."""
         return next((mesh for mesh in self.meshes if mesh.loaded), self.meshes[0])
+
+
+def _is_lost(error: Exception) -> bool:
+    """Whether it says nothing of the request itself."""
+    return isinstance(error, Moved) or (isinstance(error, RequestFailed) and error.code == MESH_LOST)
 
 
 @dataclass

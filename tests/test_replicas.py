@@ -411,6 +411,20 @@ def test_a_request_that_is_stored_needs_no_other_mesh(play, fakes, params, impat
     play(scene)
 
 
+def test_a_request_that_is_stored_outlives_the_last_mesh(play, fakes, params):
+    async def scene(replicas):
+        for fake in fakes:
+            fake.held = {"deliver"}
+        consumer, here, there = await begin(replicas, fakes, params, "a")
+        await until(lambda: here.stored == ["a"])
+        there.give_up("the first reason")
+        await until(lambda: replicas.state.reason != "ready")
+        here.give_up("the second reason")
+        await consumer.whole(params)
+
+    play(scene)
+
+
 def test_a_request_does_not_return_to_a_mesh_that_still_has_it(play, fakes, params, impatient):
     async def scene(replicas):
         for fake in fakes:
