@@ -124,6 +124,7 @@ class FakeMesh:
     draining: bool = False
     gave_up: str = ""
     backlog_s: float = 0.0
+    loses_cancels: bool = False
     looks: int = 0
     """How often somebody asked how things stand."""
     blind: bool = False
@@ -313,6 +314,8 @@ class FakeMesh:
                 self._answer(sender, message.prefix)
             case Cancel():
                 self.cancelled.append(message.request_id)
+                if self.loses_cancels:
+                    return
                 running = self._running.get(message.request_id)
                 if running is not None and running.gateway == sender:
                     del self._running[message.request_id]

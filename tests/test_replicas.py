@@ -430,20 +430,24 @@ def test_a_request_does_not_return_to_a_mesh_that_still_has_it(play, fakes, para
         for fake in fakes:
             fake.held = {"denoise:2"}
         consumer, here, there = await begin(replicas, fakes, params, "a")
-        await in_thread(here.wait_for, "denoise:2")
+        await until(lambda: here.at("a") == "denoise:2")
         here.freeze()
-        await in_thread(there.wait_for, "denoise:2")
-        here.release()
+        await until(lambda: there.at("a") == "denoise:2")
+        here.loses_cancels = True
+        here.thaw()
+        await until(lambda: here.cancelled and replicas.state.reason == "ready")
         there.freeze()
-        await asyncio.sleep(0.2)
-        assert len(here.submitted) == 1
-        await in_thread(here.thaw)
+        await until(lambda: "has been silent" in replicas.state.reason)
+        await asyncio.sleep(2 * replicas_module.LOST_S)
+        assert len(here.submitted) == 1, "it was submitted before the first life was over"
+        # It speaks of the request again, and hears once more that it is to drop it.
+        here.loses_cancels = False
+        here.release()
         await until(lambda: len(here.submitted) == 2)
-        assert here.cancelled, "it was submitted before the first life was over"
         assert [request.attempt for request in here.submitted] == [0, 2]
         await consumer.whole(params)
         there.release()
-        await in_thread(there.thaw)
+        there.thaw()
         await until(lambda: there.cancelled)
         assert there.completed == []
         assert here.completed == ["a"]
@@ -492,7 +496,7 @@ def test_a_resumed_request_goes_on_where_an_earlier_gateway_had_it(fakes, params
             consumer.task.cancel()
         async with gateway("second") as replicas:
             consumers = [
-                Consumer(replicas, replicas.request(name, params, resumed=True), resumed=True) for name in "abcd"
+                Consumer(replicas, replicas.request(name, params, resumed=True), resumed=True) for name in "badc"
             ]
             await until(lambda: sum(len(fake.submitted) for fake in fakes) == 8)
             for name, _, owner, _ in begun:
