@@ -313,13 +313,7 @@ class FakeMesh:
             case Observe():
                 self._answer(sender, message.prefix)
             case Cancel():
-                self.cancelled.append(message.request_id)
-                if self.loses_cancels:
-                    return
-                running = self._running.get(message.request_id)
-                if running is not None and running.gateway == sender:
-                    del self._running[message.request_id]
-                self._tell(sender, Cancelled(message.request_id, message.reason))
+                self._cancel(sender, message)
             case Stored():
                 self.stored.append(message.request_id)
                 running = self._running.get(message.request_id)
@@ -328,6 +322,15 @@ class FakeMesh:
             case Grant():
                 self._credits[sender] = self._credits.get(sender, 0) + message.credits
                 self.most_credits = max(self.most_credits, self.credits)
+
+    def _cancel(self, gateway: bytes, message: Cancel) -> None:
+        self.cancelled.append(message.request_id)
+        if self.loses_cancels:
+            return
+        running = self._running.get(message.request_id)
+        if running is not None and running.gateway == gateway:
+            del self._running[message.request_id]
+        self._tell(gateway, Cancelled(message.request_id, message.reason))
 
     def _answer(self, observer: bytes, prefix: str) -> None:
         self.looks += 1
