@@ -16,7 +16,7 @@ import psutil
 import uvicorn
 from fake_mesh import FakeMesh
 
-from gateway.__main__ import listen
+from gateway.__main__ import listen, store_url
 from gateway.app import create_app
 from gateway.catalog import Catalog, Model
 from gateway.jobs.runner import JobRunner
@@ -51,7 +51,7 @@ class Gateway:
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
         catalog = self._catalog()
-        store = JobStore(f"sqlite:///{self.config.output_path}/jobs.sqlite3")
+        store = JobStore(store_url(self.config), lease_s=self.config.job_lease)
         self.app = create_app(self.config, catalog, store, max_body_bytes=self._max_body_bytes)
         settings = uvicorn.Config(self.app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(settings)
