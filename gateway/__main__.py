@@ -84,15 +84,19 @@ def main() -> int:
 
 
 async def serve(config: Config, card: Card | None, places: Sequence[Place], frames: Sequence[str]) -> None:
-    """Until a signal. `card` is that of the configured model, `frames` has an endpoint for each scheduler."""
+    """Until a signal. `card` is that of the configured model, `frames` has an endpoint for each scheduler.
+
+    Raises:
+        StartFailed: it did not come up, for a reason that its operator can do something about.
+    """
     listening = listen(config.host, config.port)
     store = JobStore(store_url(config), lease_s=config.job_lease)
-    # Here and not with the application, whose server would bury the reason in its log.
-    await store.open()
     app = create_app(config, Catalog(connect(config, card, places, frames)), store)
-    settings = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S)
+    settings = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE_S)
     host = f"[{config.host}]" if ":" in config.host else config.host
-    await Server(settings, f"http://{host}:{listening.getsockname()[1]}").serve([listening])
+    # Uvicorn would log why the application did not start, and end as if nothing had happened.
+    async with app.router.lifespan_context(app):
+        await Server(settings, f"http://{host}:{listening.getsockname()[1]}").serve([listening])
 
 
 def connect(config: Config, card: Card | None, places: Sequence[Place], frames: Sequence[str]) -> list[Model]:

@@ -447,9 +447,9 @@ class Mesh:
             case Completed():
                 self._deliver(message.request_id, message)
             case Failed():
-                self._deliver(message.request_id, RequestFailed(message.request_id, message.code, message.reason))
+                self._fail(message, message.code)
             case Cancelled():
-                self._deliver(message.request_id, RequestFailed(message.request_id, "cancelled", message.reason))
+                self._fail(message, "cancelled")
 
     async def _welcomed(self, epoch: int) -> None:
         """Tell a scheduler that does not know us who we are and what we still want of it."""
@@ -500,6 +500,9 @@ class Mesh:
             self.state = state
             self._changed.notify_all()
         self.on_state()
+
+    def _fail(self, news: Failed | Cancelled, code: str) -> None:
+        self._deliver(news.request_id, RequestFailed(news.request_id, code, news.reason, news.usage))
 
     def _see_status(self, status: Status) -> None:
         if status.prefix:

@@ -18,8 +18,8 @@ from runtime.config import Config
 from runtime.protocol import Status
 from runtime.sampling import SamplingParams
 
-SECRET = re.compile("key|secret|token|password|credential", re.IGNORECASE)
-"""Settings whose values are told to nobody."""
+SECRET = re.compile("key|secret|token|password|credential|webhook", re.IGNORECASE)
+"""Settings whose values are told to nobody; the URL of a webhook is often all that it takes to write to somebody."""
 HIDDEN = "***"
 
 
