@@ -570,6 +570,8 @@ def test_a_job_that_moves_is_one_job_with_the_same_video(serve, fakes):
     assert content[0] == content[1]
     assert gateway.http.get("/health/ready").status_code == 200
     assert "rank 0 died three times" in gateway.http.get("/health/ready").json()["reason"]
+    meshes = gateway.http.get("/server_info").json()["meshes"]
+    assert sorted((mesh["model"], mesh["ready"]) for mesh in meshes) == [("demo", False), ("demo", True)]
 
 
 def test_several_models_are_listed_found_by_name_and_independent(serve, fakes, monkeypatch):
@@ -585,6 +587,13 @@ def test_several_models_are_listed_found_by_name_and_independent(serve, fakes, m
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "model_loading")
     assert gateway.http.get("/v1/models/one").json()["error"]["code"] == "model_loading"
     assert gateway.http.get("/v1/models/org%2Ftwo").json()["task_type"] == "T2V"
+    info = gateway.http.get("/server_info").json()
+    assert [(mesh["model"], mesh["ready"], len(mesh["ranks"])) for mesh in info["meshes"]] == [
+        ("one", False, 2),
+        ("org/two", True, 2),
+    ]
+    assert ["family" in model for model in info["models"]] == [False, True]
+    assert gateway.http.get("/metrics").status_code == 200
     unknown = gateway.http.post("/v1/videos", json=BODY | {"model": "three"}).json()["error"]
     assert (unknown["code"], "'one', 'org/two'" in unknown["message"]) == ("model_not_found", True)
     second = gateway.create(model="org/two")
