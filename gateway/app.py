@@ -20,7 +20,7 @@ from gateway.jobs.store import JobStore
 from gateway.mesh import DRAINING
 from gateway.middleware import BodyLimit, Envelope
 from gateway.replies import CODES, error_reply
-from gateway.routes import health, images, models, videos
+from gateway.routes import health, images, models, playground, videos
 from gateway.services import Services
 from runtime.config import Config
 from runtime.errors import InvalidInput, NotReady
@@ -50,7 +50,7 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
 
     app = FastAPI(title="framemesh", lifespan=lifespan)
     app.state.services = Services(config, catalog, runner)
-    for routes in (videos, images, models, health):
+    for routes in (videos, images, models, health, playground):
         app.include_router(routes.router)
     app.add_exception_handler(InvalidInput, _invalid_input)
     app.add_exception_handler(NotReady, _not_ready)
