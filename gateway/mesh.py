@@ -80,7 +80,17 @@ class Frames:
         return self.first + self.count == self.total
 
 
-Event = Progress | Frames | Completed
+@dataclass(frozen=True)
+class Preview:
+    """What a request would look like, as predicted after some of its denoising steps."""
+
+    step: int
+    """Steps behind it, 1 or more."""
+    pixels: NDArray[np.uint8]
+    """(height, width, 3) RGB; as coarse as the latents."""
+
+
+Event = Progress | Preview | Frames | Completed
 
 
 @dataclass(eq=False)
@@ -91,8 +101,12 @@ class _Inbox:
     """As the present epoch knows it; frames of a lower attempt are of an earlier epoch."""
     attempt: int
     """The highest of which a chunk has come."""
-    events: asyncio.Queue[tuple[Event | Exception, int | None]] = field(default_factory=asyncio.Queue)
-    """With the epoch in which each came."""
+    events: asyncio.Queue[tuple[Event | Exception | None, int | None]] = field(default_factory=asyncio.Queue)
+    """With the epoch in which each came; None stands for the newest preview."""
+    preview: Preview | None = None
+    """Not consumed yet; a newer one takes its place."""
+    preview_step: int = 0
+    """Of the newest that came."""
     next_frame: int = 0
     unconsumed: int = 0
     """Chunks that were accepted in this epoch and whose credits have not gone back yet."""
@@ -180,9 +194,18 @@ class Mesh:
             await self._changed.wait_for(lambda: self._tokenizer is not None)
 
     def request(
-        self, request_id: str, params: ResolvedParams, terms: Terms = DEFAULT_TERMS, *, resumed: bool = False
+        self,
+        request_id: str,
+        params: ResolvedParams,
+        terms: Terms = DEFAULT_TERMS,
+        *,
+        resumed: bool = False,
+        previews: int = 0,
     ) -> Request:
         """A tokenized request; `resumed` for one that was accepted before, which no drain keeps out.
+
+        `previews` is how many pictures are wanted while it is denoised; there may come fewer, and none of a solver
+        that cannot say where it is heading.
 
         Raises:
             NotReady: no rank has loaded the model yet, or the mesh drains.
@@ -192,16 +215,18 @@ class Mesh:
         if self._tokenizer is None:
             raise NotReady(self.state.reason)
         token_ids = self._tokenizer.tokenize(params)
-        return Request(request_id, params, token_ids, 0, terms.key, terms.priority, terms.timeout_s)
+        request = Request(request_id, params, token_ids, 0, terms.key, terms.priority, terms.timeout_s)
+        return msgspec.structs.replace(request, previews=previews)
 
     def warnings(self, params: ResolvedParams) -> tuple[str, ...]:
         """What of the prompts an encoder does not read, in words; empty until the model is known."""
         return () if self._tokenizer is None else self._tokenizer.warnings(params)
 
     async def run(self, request: Request, *, resumed: bool = False) -> AsyncGenerator[Event, None]:
-        """Progress and frames until Completed. Leaving the loop early cancels the request.
+        """Progress, previews and frames until Completed. Leaving the loop early cancels the request.
 
-        Progress may fall back when the mesh had to resume the request; frames come once, in order.
+        Progress may fall back when the mesh had to resume the request; frames come once, in order. Of previews that
+        wait for the consumer only the newest is left, and they end with the first frame.
 
         Raises:
             NotReady: the mesh drains, and the request is not `resumed`.
@@ -217,7 +242,10 @@ class Mesh:
             self._submit(inbox)
             while not ended:
                 event, epoch = await inbox.events.get()
-                if isinstance(event, Exception):
+                if event is None:
+                    event, inbox.preview = inbox.preview, None
+                    assert event is not None
+                elif isinstance(event, Exception):
                     ended = True
                     raise event
                 ended = isinstance(event, Completed)
@@ -370,6 +398,9 @@ class Mesh:
             received = await self._frames.receive()
             chunk = received.message
             inbox = self._inboxes.get(chunk.request_id)
+            if chunk.kind == "preview":
+                self._take_preview(inbox, received)
+                continue
             frames = self._accept(inbox, received)
             if inbox is not None and frames is not None:
                 inbox.events.put_nowait((frames, self._epoch))
@@ -390,19 +421,38 @@ class Mesh:
         inbox.attempt = chunk.attempt
         if chunk.first_frame != inbox.next_frame:
             return None
-        shape = (chunk.count, chunk.height, chunk.width, 3)
-        if received.payload is None or received.payload.nbytes != int(np.prod(shape)):
-            log.warning("dropped: frames of the wrong size", request=chunk.request_id)
+        pixels = _pixels(received)
+        if pixels is None:
             return None
         inbox.next_frame += chunk.count
         inbox.unconsumed += 1
-        pixels = np.frombuffer(received.payload, dtype=np.uint8).reshape(shape)
         frames = Frames(chunk.first_frame, chunk.total, pixels, chunk.timings)
         if frames.last:
             inbox.timings = chunk.timings
         return frames
 
+    def _take_preview(self, inbox: _Inbox | None, received: Received[FramesChunk]) -> None:
+        """Keep it for the consumer, unless frames are there already or a newer one was."""
+        chunk, pixels = received.message, _pixels(received)
+        wanted = inbox is not None and chunk.attempt >= inbox.attempt and not inbox.next_frame
+        if inbox is None or not wanted or chunk.step <= inbox.preview_step or pixels is None:
+            self.dropped_chunks += 1
+            return
+        if inbox.preview is None:
+            inbox.events.put_nowait((None, self._epoch))
+        inbox.preview, inbox.preview_step = Preview(chunk.step, pixels[0]), chunk.step
+
     def _deliver(self, request_id: str, event: Event | Exception) -> None:
         inbox = self._inboxes.get(request_id)
         if inbox is not None:
             inbox.events.put_nowait((event, self._epoch))
+
+
+def _pixels(received: Received[FramesChunk]) -> NDArray[np.uint8] | None:
+    """(count, height, width, 3) of a chunk; None if its payload is not what its header says."""
+    chunk = received.message
+    shape = (chunk.count, chunk.height, chunk.width, 3)
+    if received.payload is None or received.payload.nbytes != int(np.prod(shape)):
+        log.warning("dropped: frames of the wrong size", request=chunk.request_id)
+        return None
+    return np.frombuffer(received.payload, dtype=np.uint8).reshape(shape)

@@ -80,6 +80,7 @@ class VideoCreate(Generation):
     )
     num_frames: Whole | None = None
     fps: Whole | None = None
+    previews: Whole = Field(0, ge=0, le=20, description="pictures wanted while it is denoised, as `preview` events")
 
     def to_params(self, card: Card) -> SamplingParams:
         if card.task_type == "T2I":

@@ -1,7 +1,8 @@
 """A job's events: kept while it lives, followed by any number of readers, told as server-sent events.
 
 ``queued`` {position, eta_s} · ``stage`` {stage} · ``step`` {step, total_steps, eta_s, progress} ·
-``frames`` {first, count, total, jpeg?} · and at the end ``done`` (the Video object) or ``error`` {error}.
+``preview`` {step, width, height, jpeg} · ``frames`` {first, count, total, jpeg?} · and at the end ``done`` (the Video
+object) or ``error`` {error}.
 """
 
 from __future__ import annotations
@@ -47,12 +48,15 @@ class Event:
 
 
 class EventLog:
-    """What happened to one job since this process took it, for readers that come and go."""
+    """What happened to one job since this process took it, for readers that come and go; of previews the newest."""
 
     def __init__(self) -> None:
         self.token = secrets.token_hex(4)
         """Tells this log's event ids from those of the log that the job had before a restart."""
-        self._events: list[Event] = []
+        self._events: list[Event | None] = []
+        """None where a preview was that a newer one has replaced."""
+        self._preview: int | None = None
+        """Where the newest preview is."""
         self._changed = asyncio.Condition()
         self._stills: dict[int, list[str]] = {}
         self._jpeg_readers = 0
@@ -64,12 +68,17 @@ class EventLog:
 
     @property
     def ended(self) -> bool:
-        return bool(self._events) and self._events[-1].is_last
+        newest = self._events[-1] if self._events else None
+        return newest is not None and newest.is_last
 
     async def publish(self, name: str, data: dict[str, Any], stills: list[str] | None = None) -> None:
         """Append an event; nothing follows an ending."""
         if self.ended:
             return
+        if name == "preview":
+            if self._preview is not None:
+                self._events[self._preview] = None
+            self._preview = len(self._events)
         self._events.append(Event(len(self._events) + 1, name, data))
         if stills is not None:
             self._stills[data["first"]] = stills
@@ -84,11 +93,14 @@ class EventLog:
             async with self._changed:
                 while len(self._events) <= after:
                     await self._changed.wait()
-            for event in self._events[after:]:
+            fresh = self._events[after:]
+            after += len(fresh)
+            for event in fresh:
+                if event is None:
+                    continue
                 yield event
                 if event.is_last:
                     return
-            after = event.id
 
     def stills(self, first: int) -> list[str] | None:
         """The JPEGs of the chunk that begins at a frame, if they are still there."""
@@ -110,7 +122,11 @@ class EventLog:
 
 def encode_stills(frames: NDArray[np.uint8]) -> list[str]:
     """(n, height, width, 3) RGB to base64 JPEGs; blocks."""
-    return [base64.b64encode(jpeg(frame)).decode() for frame in frames]
+    return [as_base64(jpeg(frame)) for frame in frames]
+
+
+def as_base64(file: bytes) -> str:
+    return base64.b64encode(file).decode()
 
 
 def ending(job: Job) -> tuple[str, dict[str, Any]]:

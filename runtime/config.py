@@ -113,6 +113,8 @@ class Config:
     """Folder where measured costs are kept between starts; unset: the user's cache folder."""
     max_prompt_chars: int = 20_000
     """Longest prompt that is tokenized at all."""
+    allow_private_urls: bool = False
+    """Let clients name URLs (of images, of webhooks) on loopback and private addresses."""
 
     checkpoint_every_steps: int = 10
     """Denoising steps between two checkpoints of a request; 0 writes none, so that after a crash it starts again."""

@@ -38,7 +38,7 @@ from runtime.protocol import (
     ToScheduler,
     Welcome,
 )
-from runtime.sampling import ResolvedParams
+from runtime.sampling import ResolvedParams, preview_steps
 from runtime.wire import Channel, incarnation
 
 MODEL_FOLDER = Path(__file__).parent.parent / "workers" / "demo" / "model"
@@ -70,6 +70,11 @@ def moving_frames(params: ResolvedParams) -> np.ndarray:
         left = 2 * number % (params.width - 16)
         frame[16:32, left : left + 16] = 220
     return frames
+
+
+def preview_brightness(step: int) -> int:
+    """Of every pixel of the preview after so many steps."""
+    return 20 + 8 * step
 
 
 @dataclass
@@ -105,6 +110,8 @@ class FakeMesh:
     """(request, attempt, first frame) of every chunk that was sent."""
     repeats: list[str] = field(default_factory=list)
     """Requests of which the next chunk is sent twice."""
+    previews: list[tuple[str, int, int]] = field(default_factory=list)
+    """(request, attempt, step) of every preview that was sent."""
     epoch: int = EPOCH
     beats: bool = True
     stale: int = 0
@@ -328,8 +335,11 @@ class FakeMesh:
         yield "queued"
         tell("encode", 0, steps, 3.0)
         yield "encode"
+        due = preview_steps(steps, request.previews)
         for step in range(steps + 1):
             tell("denoise", step, steps, 2.0 * (steps - step) / steps + 1)
+            if step in due:
+                self._send_preview(gateway, request, step)
             time.sleep(self.steps_sleep_s)
             yield f"denoise:{step}"
         tell("decode", 0, len(chunks), 1.0)
@@ -352,13 +362,25 @@ class FakeMesh:
         self._tell(gateway, Completed(request.id, timings))
 
     def _send_frames(self, gateway: bytes, request: Request, pixels: np.ndarray, first: int) -> None:
-        endpoint = self._gateways.get(gateway)
-        if endpoint is None:
-            return
-        if endpoint not in self._frames:
-            self._frames[endpoint] = Channel.connect(endpoint, ToScheduler, incarnation("frames"))
         count, height, width, _ = pixels.shape
         total, timings = request.params.num_frames, {"encode": 0.2, "denoise": 0.5}
         chunk = FramesChunk(request.id, request.attempt, first, count, total, height, width, timings)
-        self.chunks.append((request.id, request.attempt, first))
+        if self._send_chunk(gateway, chunk, pixels):
+            self.chunks.append((request.id, request.attempt, first))
+
+    def _send_preview(self, gateway: bytes, request: Request, step: int) -> None:
+        """As coarse as latents are, its brightness tells the step."""
+        height, width = request.params.height // 8, request.params.width // 8
+        pixels = np.full((1, height, width, 3), preview_brightness(step), np.uint8)
+        chunk = FramesChunk(request.id, request.attempt, 0, 1, 1, height, width, kind="preview", step=step)
+        if self._send_chunk(gateway, chunk, pixels):
+            self.previews.append((request.id, request.attempt, step))
+
+    def _send_chunk(self, gateway: bytes, chunk: FramesChunk, pixels: np.ndarray) -> bool:
+        endpoint = self._gateways.get(gateway)
+        if endpoint is None:
+            return False
+        if endpoint not in self._frames:
+            self._frames[endpoint] = Channel.connect(endpoint, ToScheduler, incarnation("frames"))
         self._frames[endpoint].send(chunk, payload=np.ascontiguousarray(pixels).data)
+        return True

@@ -16,9 +16,10 @@ from sqlalchemy.exc import SQLAlchemyError
 from gateway.catalog import Catalog, Model
 from gateway.jobs.outputs import Outputs, Recording
 from gateway.jobs.store import Asked, Job, JobStore, Order, Page, Status
-from gateway.mesh import DRAINING, Frames
+from gateway.media.stills import preview_still
+from gateway.mesh import DRAINING, Frames, Preview
 from gateway.replies import error_object
-from gateway.stream import EventLog, encode_stills, ending
+from gateway.stream import EventLog, as_base64, encode_stills, ending
 from runtime.errors import InvalidInput, NotReady, RequestFailed
 from runtime.log import get_logger
 from runtime.protocol import Completed, Progress, Request
@@ -83,7 +84,7 @@ class JobRunner:
         # Whoever heard from the launcher that the mesh is ready may be here before the news of it.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(model.mesh.wait_model(), MODEL_PATIENCE_S)
-        request = await asyncio.to_thread(model.mesh.request, job.id, params, terms)
+        request = await asyncio.to_thread(model.mesh.request, job.id, params, terms, previews=asked.previews)
         stored = await self._store.insert(job)
         if stored.id == job.id:
             self._start(job, model, request)
@@ -203,7 +204,9 @@ class JobRunner:
         resumed, job, mesh = request is None, live.job, live.model.mesh
         if request is None:
             await mesh.wait_model()
-            request = await asyncio.to_thread(mesh.request, job.id, job.params, job.terms, resumed=True)
+            request = await asyncio.to_thread(
+                mesh.request, job.id, job.params, job.terms, resumed=True, previews=job.asked.previews
+            )
         output_file = ""
         with contextlib.closing(Recording(self.outputs, live.job)) as recording:
             async with contextlib.aclosing(mesh.run(request, resumed=resumed)) as events:
@@ -211,6 +214,8 @@ class JobRunner:
                     match event:
                         case Progress():
                             await self._progressed(live, event)
+                        case Preview():
+                            await self._previewed(live, event)
                         case Frames():
                             await self._recorded(live, event, recording)
                             if event.last:
@@ -244,6 +249,12 @@ class JobRunner:
             names = ("step", "total_steps", "eta_s", "progress")
             await live.log.publish("step", {name: getattr(live.job, name) for name in names})
         await self._save(live)
+
+    async def _previewed(self, live: LiveJob, preview: Preview) -> None:
+        params = live.job.params
+        picture = await _in_thread(preview_still, preview.pixels, params.width, params.height)
+        data = {"step": preview.step, "width": picture.width, "height": picture.height}
+        await live.log.publish("preview", data | {"jpeg": as_base64(picture.file)})
 
     async def _recorded(self, live: LiveJob, frames: Frames, recording: Recording) -> None:
         if not live.job.frames_done:

@@ -50,6 +50,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     safety_identifier: str | None = None
     remixed_from: str | None = None
     """The video whose parameters were taken over."""
+    previews: int = 0
+    """Pictures of what it will look like that are wanted while it is denoised."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):

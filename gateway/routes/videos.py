@@ -54,7 +54,7 @@ async def create(
     model = here.catalog.find(body.model)
     params = resolve(body, model.card, here.config.max_prompt_chars)
     terms = check_terms(body.priority, body.timeout, account(request))
-    asked = Asked(request_id=request_id(request))
+    asked = Asked(request_id=request_id(request), previews=body.previews)
     return reply(video_object(await here.runner.submit(model, params, terms, asked, idempotency_key)))
 
 
