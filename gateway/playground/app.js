@@ -252,7 +252,7 @@ class Filmstrip {
   mark(number) {
     this.element.children[this.at]?.classList.remove("at");
     this.at = number;
-    this.element.children[number]?.classList.add("at");
+    if (this.picture(number)) this.element.children[number].classList.add("at");
     this.element.setAttribute("aria-valuenow", number + 1);
   }
 
@@ -728,6 +728,7 @@ async function pollMeshes() {
     const info = await getJson("server_info");
     $("meshes").replaceChildren(...info.meshes.map(meshPanel));
     $("cluster").hidden = false;
+    takeDefaults(info.models);
     const troubles = info.meshes.filter((mesh) => !mesh.ready || mesh.draining);
     sayServer(troubles.map((mesh) => mesh.reason).join(", ") || `ready · version ${info.version}`, troubles.length > 0);
   } catch (error) {
@@ -744,8 +745,8 @@ function sayServer(text, bad) {
 function meshPanel(mesh, number) {
   const facts = make("ul", { className: "facts" });
   const fact = (name, value) => facts.append(make("li", {}, `${name} `, make("b", {}, `${value}`)));
-  fact("running", mesh.running);
-  fact("queued", mesh.queued);
+  if (mesh.running !== null) fact("running", mesh.running);
+  if (mesh.queued !== null) fact("queued", mesh.queued);
   if (mesh.losses) fact("restarts", mesh.losses);
   const panel = make("div", { className: "mesh" }, make("p", {}, mesh.model, " ", make("span", { className: "hint" }, layoutOf(mesh.layout))), facts);
   if (!mesh.ready || mesh.draining) panel.append(make("p", { className: "not-ready" }, mesh.reason));
@@ -755,9 +756,7 @@ function meshPanel(mesh, number) {
 }
 
 function layoutOf(layout) {
-  if (typeof layout === "string") return layout;
-  const [cfg, ring, ulysses] = Array.isArray(layout) ? layout : [layout?.cfg, layout?.ring, layout?.ulysses];
-  return joined(`cfg ${cfg}`, `ring ${ring}`, `ulysses ${ulysses}`);
+  return layout ? joined(`cfg ${layout.cfg}`, `ring ${layout.ring}`, `ulysses ${layout.ulysses}`) : "";
 }
 
 function rankRow(rank) {
@@ -815,7 +814,14 @@ const NUMBERS = ["num_frames", "num_inference_steps", "guidance_scale", "true_cf
 /** Parameters of the API whose field here has another name. */
 const SHOWN_AT = { width: "size", height: "size", seconds: "num_frames", partial_images: "previews" };
 
+/** File formats by what the model makes; the first is what the server takes unasked. */
+const FORMATS = {
+  video: { mp4: "MP4", webm: "WebM", gif: "GIF", png: "PNG frames" },
+  image: { png: "PNG", webp: "WebP", jpeg: "JPEG" },
+};
+
 const models = new Map();
+const defaults = new Map();
 const fields = new Map();
 for (const element of document.querySelectorAll("[data-field]")) {
   const { field } = element.dataset;
@@ -838,6 +844,7 @@ function wanted() {
     body[name] = NUMBERS.includes(name) ? number(text) : text;
   }
   if (body.previews === 0) delete body.previews;
+  if ($("output_format").selectedIndex <= 0) delete body.output_format;
   if (!makesImages()) return { path: "v1/videos", body };
   const { previews, ...image } = body;
   return { path: "v1/images/generations", body: { ...image, stream: true, partial_images: Math.min(previews ?? 0, 3) } };
@@ -896,15 +903,16 @@ $("form").addEventListener("submit", (event) => {
   submit();
 });
 
-function submitsWithEnter(textarea, send) {
-  textarea.addEventListener("keydown", (event) => {
+/** Ctrl+Enter from anywhere in a form: plain Enter makes a new line in a prompt. */
+function submitsWithEnter(form, send) {
+  form.addEventListener("keydown", (event) => {
     if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
     event.preventDefault();
     send();
   });
 }
 
-submitsWithEnter($("prompt"), submit);
+submitsWithEnter($("form"), submit);
 
 $("random").addEventListener("change", () => {
   $("seed").disabled = $("random").checked;
@@ -927,11 +935,24 @@ async function loadModels() {
   }
 }
 
+/** What a request gets that leaves a field empty. */
+function takeDefaults(described) {
+  const news = described.filter((model) => model.defaults && !defaults.has(model.id));
+  for (const model of news) defaults.set(model.id, model.defaults);
+  if (news.length) chooseModel();
+}
+
 function chooseModel() {
-  const defaults = models.get($("model").value)?.defaults ?? {};
-  $("form").dataset.kind = makesImages() ? "image" : "video";
+  const { width, height, ...others } = defaults.get($("model").value) ?? {};
+  const chosen = { size: width && `${width}x${height}`, ...others };
+  const kind = makesImages() ? "image" : "video";
+  if ($("form").dataset.kind !== kind) {
+    const formats = Object.entries(FORMATS[kind]);
+    $("output_format").replaceChildren(...formats.map(([value, name]) => make("option", { value }, name)));
+  }
+  $("form").dataset.kind = kind;
   for (const name of ["size", "num_frames", "num_inference_steps", "guidance_scale", "true_cfg_scale"]) {
-    $(name).placeholder = defaults[name] ?? "auto";
+    $(name).placeholder = chosen[name] ?? "auto";
   }
 }
 
@@ -992,7 +1013,7 @@ $("remix-form").addEventListener("submit", (event) => {
   event.preventDefault();
   remix();
 });
-submitsWithEnter($("remix-prompt"), remix);
+submitsWithEnter($("remix-form"), remix);
 $("remix-close").addEventListener("click", () => $("remix-dialog").close());
 
 $("delete").addEventListener("click", () => {
@@ -1040,4 +1061,4 @@ addEventListener("hashchange", async () => {
 
 begin();
 whileVisible(MESH_EVERY_MS, pollMeshes);
-whileVisible(JOBS_EVERY_MS, () => list.refresh().then(() => {}));
+whileVisible(JOBS_EVERY_MS, () => list.refresh());

@@ -11,8 +11,6 @@ from gateway.catalog import Model
 from gateway.replies import reply
 from gateway.services import Here
 from runtime.errors import NotReady
-from runtime.models.card import Card
-from runtime.sampling import SamplingParams
 
 router = APIRouter()
 
@@ -34,15 +32,7 @@ async def describe(here: Here) -> Response:
 
 
 def _card(model: Model) -> dict[str, Any]:
-    known = {"id": model.name, "object": "model", "created": 0, "owned_by": "framemesh"}
-    return known | _description(model) | {"defaults": _defaults(model.card)}
-
-
-def _defaults(card: Card) -> dict[str, Any]:
-    """What a request gets that leaves everything to the model."""
-    params = card.check(SamplingParams(prompt="any"))
-    names = ("num_frames", "fps", "num_inference_steps", "guidance_scale", "true_cfg_scale")
-    return {"size": f"{params.width}x{params.height}"} | {name: getattr(params, name) for name in names}
+    return {"id": model.name, "object": "model", "created": 0, "owned_by": "framemesh"} | _description(model)
 
 
 def _description(served: Model) -> dict[str, Any]:
