@@ -14,13 +14,15 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.catalog import Catalog
+from gateway.jobs.database import StoreUnavailable
 from gateway.jobs.outputs import Outputs
 from gateway.jobs.runner import JobRunner
 from gateway.jobs.store import JobStore
 from gateway.mesh import DRAINING
+from gateway.metrics import Metrics, Timing
 from gateway.middleware import BodyLimit, Envelope
 from gateway.replies import CODES, error_reply
-from gateway.routes import health, images, models, playground, videos
+from gateway.routes import health, images, models, playground, server, videos
 from gateway.services import Services
 from runtime.config import Config
 from runtime.errors import InvalidInput, NotReady
@@ -35,7 +37,9 @@ NOT_FOUND = {"model_not_found", "video_not_found", "image_not_found"}
 def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
     """The gateway over its models. It owns their meshes and the store: opens them when it starts, closes them at its
     end."""
-    runner = JobRunner(catalog, store, Outputs(Path(config.output_path)))
+    metrics = Metrics()
+    runner = JobRunner(catalog, store, Outputs(Path(config.output_path)), metrics)
+    services = Services(config, catalog, runner, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -46,18 +50,21 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
             stack.push_async_callback(catalog.close)
             await runner.resume()
             stack.push_async_callback(runner.close)
+            stack.push_async_callback(services.probe.close)
             yield
 
     app = FastAPI(title="framemesh", lifespan=lifespan)
-    app.state.services = Services(config, catalog, runner)
-    for routes in (videos, images, models, health, playground):
+    app.state.services = services
+    for routes in (videos, images, models, health, server, playground):
         app.include_router(routes.router)
     app.add_exception_handler(InvalidInput, _invalid_input)
     app.add_exception_handler(NotReady, _not_ready)
+    app.add_exception_handler(StoreUnavailable, _store_unavailable)
     app.add_exception_handler(RequestValidationError, _validation_failed)
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
     app.add_middleware(Envelope)
+    app.add_middleware(Timing, metrics=metrics)
     return app
 
 
@@ -68,6 +75,10 @@ def _invalid_input(_request: Request, error: Any) -> Response:
 def _not_ready(_request: Request, error: Any) -> Response:
     code = DRAINING if error.draining else "model_loading"
     return error_reply(503, f"not ready: {error}", None, code, {"retry-after": str(RETRY_AFTER_S)})
+
+
+def _store_unavailable(_request: Request, error: Any) -> Response:
+    return error_reply(503, str(error), None, "store_unavailable", {"retry-after": str(RETRY_AFTER_S)})
 
 
 def _validation_failed(_request: Request, error: Any) -> Response:

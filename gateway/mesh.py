@@ -11,6 +11,7 @@ the consumer sees each of them once.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -36,8 +37,10 @@ from runtime.protocol import (
     Grant,
     MeshState,
     ModelInfo,
+    Observe,
     Progress,
     Request,
+    Status,
     Stored,
     Submit,
     Welcome,
@@ -50,6 +53,10 @@ FRAME_CREDITS = 16
 
 SILENCE_S = 3.0
 """A scheduler that has said nothing for so long is greeted again: one that was started anew does not know us."""
+LOOK_S = 1.0
+"""A scheduler that takes longer to say how it stands does not count as there."""
+FRESH_S = 0.5
+"""A snapshot that is younger is shown again: however many look, the scheduler is asked so often at most."""
 MESH_LOST = "mesh_lost"
 """The code of requests that end because the mesh did."""
 DRAINING = "draining"
@@ -142,6 +149,12 @@ class Mesh:
         self._epoch: int | None = None
         self._spoken = 0.0
         """When the scheduler was heard or greeted last."""
+        self._heard = 0.0
+        """When it was heard last."""
+        self._looking: asyncio.Future[Status] | None = None
+        """The question how the mesh stands, while it has no answer."""
+        self._seen: Status | None = None
+        self._seen_at = 0.0
         self._inboxes: dict[str, _Inbox] = {}
         self._outbox: list[_Inbox] = []
         self._over: list[str] = []
@@ -262,6 +275,35 @@ class Mesh:
             elif not ended:
                 await self.cancel(request.id, "the submitter left")
 
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the scheduler was heard last; it speaks once a second. Infinite before its first word."""
+        return time.monotonic() - self._heard if self._heard else math.inf
+
+    @property
+    def dropped_messages(self) -> int:
+        """Messages that could not be read."""
+        counts = (self._control.dropped, self._frames.dropped)
+        return sum(dropped.malformed + dropped.wrong_version + dropped.refused for dropped in counts)
+
+    async def look(self) -> Status | None:
+        """How the mesh stands, at most half a second ago; None if its scheduler does not answer.
+
+        Any number of callers share one question; without a caller none is asked.
+        """
+        if self._seen is not None and time.monotonic() - self._seen_at < FRESH_S:
+            return self._seen
+        if self._looking is None:
+            self._looking = asyncio.get_running_loop().create_future()
+            await self._tell(Observe())
+        answer = self._looking
+        try:
+            return await asyncio.wait_for(asyncio.shield(answer), LOOK_S)
+        except TimeoutError:
+            if self._looking is answer:
+                self._looking = None
+            return None
+
     async def cancel(self, request_id: str, reason: str) -> None:
         await self._tell(Cancel(request_id, reason))
 
@@ -333,12 +375,14 @@ class Mesh:
                 continue
             else:
                 await self._hear(received.message)
-            self._spoken = time.monotonic()
+            self._spoken = self._heard = time.monotonic()
 
     async def _hear(self, message: FromScheduler) -> None:
         match message:
             case MeshState():
                 await self._see_state(message)
+            case Status():
+                self._see_status(message)
             case Progress() | Completed():
                 self._deliver(message.request_id, message)
             case Failed():
@@ -392,6 +436,12 @@ class Mesh:
         async with self._changed:
             self.state = state
             self._changed.notify_all()
+
+    def _see_status(self, status: Status) -> None:
+        self._seen, self._seen_at = status, time.monotonic()
+        looking, self._looking = self._looking, None
+        if looking is not None and not looking.done():
+            looking.set_result(status)
 
     async def _hear_frames(self) -> None:
         while True:

@@ -50,7 +50,7 @@ class Envelope:
             await answer(scope, receive, send_with_id)
         finally:
             seconds = round(time.monotonic() - began, 4)
-            log.debug("request", method=scope["method"], path=scope["path"], status=status, s=seconds, id=request_id)
+            log.debug("request", method=scope["method"], path=scope["path"], status=status, s=seconds, trace=request_id)
 
 
 def request_id(request: Request) -> str:

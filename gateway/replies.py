@@ -8,6 +8,7 @@ import msgspec
 from starlette.responses import Response
 
 from gateway.jobs.store import Job
+from runtime.protocol import Usage
 
 CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
@@ -34,11 +35,30 @@ def video_object(job: Job) -> dict[str, Any]:
         "num_frames": params.num_frames,
         "num_inference_steps": params.num_inference_steps,
         "timings": job.timings,
+        "usage": usage_object(job.usage),
+        "finished_reason": _finished_reason(job),
         "eta_s": job.eta_s,
         "queue_position": job.queue_position,
         "stage": job.stage,
         "step": job.step,
     }
+
+
+def usage_object(usage: Usage) -> dict[str, Any]:
+    """What a generation took of the mesh; zeros until it is completed. Memory is that of the fullest rank, in MiB."""
+    return {
+        "queue_s": round(usage.queue_s, 6),
+        "rank_seconds": round(usage.rank_seconds, 6),
+        "attempts": usage.attempts,
+        "peak_memory_mb": round(usage.peak_memory_bytes / 2**20, 1),
+    }
+
+
+def _finished_reason(job: Job) -> str | None:
+    """The word that the metrics count it under: completed, cancelled, or the code of its failure."""
+    if not job.finished:
+        return None
+    return job.status if job.status != "failed" else job.error_code or "failed"
 
 
 def error_object(job: Job) -> dict[str, Any]:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
 
 from gateway.catalog import Catalog
 from gateway.jobs.runner import JobRunner
+from gateway.metrics import Metrics
+from gateway.probe import Probe
 from runtime.config import Config
 
 
@@ -19,6 +22,9 @@ class Services:
     config: Config
     catalog: Catalog
     runner: JobRunner
+    metrics: Metrics
+    probe: Probe = field(default_factory=Probe)
+    started: float = field(default_factory=time.monotonic)
 
 
 def services(request: Request) -> Services:

@@ -60,6 +60,10 @@ class EventLog:
         self._changed = asyncio.Condition()
         self._stills: dict[int, list[str]] = {}
         self._jpeg_readers = 0
+        self.readers = 0
+        """How many follow it now."""
+        self.frames_told = 0
+        """Frames that events were published of, from the first on without a gap."""
 
     @property
     def wants_stills(self) -> bool:
@@ -72,9 +76,11 @@ class EventLog:
         return newest is not None and newest.is_last
 
     async def publish(self, name: str, data: dict[str, Any], stills: list[str] | None = None) -> None:
-        """Append an event; nothing follows an ending."""
-        if self.ended:
+        """Append an event; nothing follows an ending, and no frame is told of twice."""
+        if self.ended or (name == "frames" and data["first"] < self.frames_told):
             return
+        if name == "frames":
+            self.frames_told = data["first"] + data["count"]
         if name == "preview":
             if self._preview is not None:
                 self._events[self._preview] = None
@@ -89,18 +95,22 @@ class EventLog:
 
     async def follow(self, after: int = 0) -> AsyncGenerator[Event, None]:
         """Events with a higher id, as they come, up to and with the ending."""
-        while True:
-            async with self._changed:
-                while len(self._events) <= after:
-                    await self._changed.wait()
-            fresh = self._events[after:]
-            after += len(fresh)
-            for event in fresh:
-                if event is None:
-                    continue
-                yield event
-                if event.is_last:
-                    return
+        self.readers += 1
+        try:
+            while True:
+                async with self._changed:
+                    while len(self._events) <= after:
+                        await self._changed.wait()
+                fresh = self._events[after:]
+                after += len(fresh)
+                for event in fresh:
+                    if event is None:
+                        continue
+                    yield event
+                    if event.is_last:
+                        return
+        finally:
+            self.readers -= 1
 
     def stills(self, first: int) -> list[str] | None:
         """The JPEGs of the chunk that begins at a frame, if they are still there."""

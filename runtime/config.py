@@ -21,6 +21,7 @@ LogLevel = Literal["debug", "info", "warning", "error"]
 
 DEMO_MODEL = "demo"
 """The value of `model_path` that means the model shipped inside the package."""
+POSTGRES = ("postgresql://", "postgres://", "postgresql+psycopg://")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +100,11 @@ class Config:
     """Port of the HTTP server; 0 takes a free one."""
     output_path: str = "outputs"
     """Folder for results and for the job store."""
+    database_url: str | None = field(default=None, repr=False)
+    """PostgreSQL database of the jobs (postgresql://user:password@host/database), which several gateways may share;
+    unset: an SQLite file in the output folder, for one gateway."""
+    job_lease: float = 15.0
+    """Seconds after which the jobs of a gateway that died are another one's, where several share a database."""
     batching_delay_ms: float = 0.0
     """How long the gateway collects requests before it sends them on together."""
     batching_max_size: int = 16
@@ -132,6 +138,8 @@ class Config:
     """Folder of CURVE keys (made by `framemesh keygen`), for sockets between hosts; unset: ipc and loopback only."""
     log_level: LogLevel = "info"
     """How much the processes log."""
+    enable_metrics: bool = True
+    """Answer /metrics in Prometheus' text format."""
     trace_path: str | None = None
     """Append the start and end of every work item on every rank to this file (JSON lines)."""
 
@@ -186,6 +194,10 @@ def check_config(config: Config) -> None:
     for name in ("checkpoint_every_steps", "checkpoint_max_bytes", "drain_timeout"):
         if getattr(config, name) < 0:
             raise InvalidInput(name, f"{getattr(config, name)} is negative; take 0 or more")
+    if config.database_url is not None and not config.database_url.startswith(POSTGRES):
+        raise InvalidInput("database_url", "is not of the form postgresql://user:password@host/database")
+    if config.job_lease < 1:
+        raise InvalidInput("job_lease", f"{config.job_lease:g} s are too few; take 1 or more")
     if config.batching_delay_ms < 0:
         raise InvalidInput("batching_delay_ms", f"{config.batching_delay_ms} is negative; it is a time in ms")
     for name in ("tile_sample_min_height", "tile_sample_min_width"):
@@ -231,7 +243,9 @@ def fit_layout(config: Config, card: Heads, branches: int) -> Config:
 
 
 def save_frozen(config: Config, path: Path) -> None:
-    """Write the resolved configuration for the children of a launcher."""
+    """Write the resolved configuration for the children of a launcher; nobody else reads it, it may hold a password."""
+    path.touch(mode=0o600)
+    path.chmod(0o600)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(config)))
 
 

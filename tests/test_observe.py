@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import structlog
 from fake_mesh import EPOCH, demo_model
 from rich.console import Console
 
@@ -120,6 +121,13 @@ class LiveScheduler:
             getattr(peer, "channel", None) and peer.channel.close()
             isinstance(peer, Observer) and peer.__exit__(None, None, None)
         self.folder.remove()
+
+
+@pytest.fixture(autouse=True)
+def logs():
+    """What was logged; structlog's own default writes it among what the commands print."""
+    with structlog.testing.capture_logs() as logs:
+        yield logs
 
 
 @pytest.fixture(autouse=True)

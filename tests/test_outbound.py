@@ -119,7 +119,7 @@ def test_no_spelling_of_our_own_host_is_taken(host, receiver):
     with pytest.raises(InvalidInput, match=r"^webhook_url: ") as refused:
         asyncio.run(check_url("webhook_url", url))
     assert refused.value.code == "invalid_url"
-    with pytest.raises(InvalidInput, match="^image: "):
+    with pytest.raises(InvalidInput, match=r"^image: "):
         fetched(url, allow_private=False)
     assert receiver.received == []
 
@@ -143,10 +143,10 @@ WRONG = [
 
 @pytest.mark.parametrize(("url", "words"), WRONG)
 def test_what_is_no_address_is_refused_by_field(url, words):
-    with pytest.raises(InvalidInput, match="^webhook_url: ") as refused:
+    with pytest.raises(InvalidInput, match=r"^webhook_url: ") as refused:
         asyncio.run(check_url("webhook_url", url))
     assert words in str(refused.value)
-    with pytest.raises(InvalidInput, match="^image: "):
+    with pytest.raises(InvalidInput, match=r"^image: "):
         fetched(url)
 
 
@@ -202,7 +202,7 @@ def test_redirects_are_checked_like_everything_else(names, receiver, monkeypatch
     start = f"http://outside.test:{receiver.port}"
     assert fetched(f"{start}/once", allow_private=False) == b"picture"
     for path in ("/inside", "/file", "/loop", "/odd"):
-        with pytest.raises(InvalidInput, match="^image: "):
+        with pytest.raises(InvalidInput, match=r"^image: "):
             fetched(f"{start}{path}", allow_private=False)
     paths = [received.path for received in receiver.received]
     assert "/secret" not in paths

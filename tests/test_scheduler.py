@@ -15,7 +15,7 @@ from simulation import CARD, SECONDS, KnownCost, Simulation, State, bytes_of, id
 import runtime.fairness
 from runtime.checkpoints import UNCLAIMED_S
 from runtime.cost import Constants, CostModel, Line
-from runtime.fairness import AGEING
+from runtime.fairness import AGEING, PATIENCE_S, patient_until
 from runtime.protocol import (
     Cancelled,
     Checkpoint,
@@ -394,6 +394,21 @@ def test_a_short_request_overtakes_a_long_one_within_an_item(mesh):
     alone = SECONDS["encode"] + 4 * SECONDS["denoise"] + SECONDS["decode"]
     assert mesh.now - at <= ITEM_SECONDS + alone + 1e-9
     assert mesh.states["video"].steps <= 15
+
+
+def test_low_priority_outlasts_a_stream_of_high_priority():
+    mesh = Simulation(num_ranks=1, cost=KnownCost(growth=1.0))
+    mesh.join()
+    mesh.submit("low", steps=10, priority=-1)
+    limit = patient_until(mesh.scheduler.requests["low"])
+    number = 0
+    while "low" not in mesh.ends:
+        while sum(request.startswith("high") for request in mesh.scheduler.requests) < 2:
+            mesh.submit(f"high{number}", steps=500, frames=1, priority=1)
+            number += 1
+        mesh.run(until=iter([False, True]).__next__)
+        assert mesh.now <= limit + 10.0, "it starves"
+    assert mesh.now > PATIENCE_S, "the stream did not go first at all"
 
 
 @pytest.mark.parametrize("growth", [1.0, 0.1])

@@ -22,6 +22,7 @@ from gateway.replies import reply, video_object
 from gateway.schema import VideoCreate, resolve
 from gateway.services import Here
 from gateway.stream import tell_ended, tell_live
+from gateway.tracing import traceparent
 from runtime.errors import InvalidInput
 from runtime.sampling import check_terms
 
@@ -54,8 +55,10 @@ async def create(
     model = here.catalog.find(body.model)
     params = resolve(body, model.card, here.config.max_prompt_chars)
     terms = check_terms(body.priority, body.timeout, account(request))
-    asked = Asked(request_id=request_id(request), previews=body.previews)
-    return reply(video_object(await here.runner.submit(model, params, terms, asked, idempotency_key)))
+    asked = Asked(request_id=request_id(request), traceparent=traceparent(request), previews=body.previews)
+    drawn_seed = body.seed is None
+    job = await here.runner.submit(model, params, terms, asked, idempotency_key, drawn_seed=drawn_seed)
+    return reply(video_object(job))
 
 
 @router.get("")
@@ -90,12 +93,13 @@ async def events(
     frames: Literal["jpeg"] | None = None,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> AsyncIterator[ServerSentEvent]:
-    log, read = here.runner.events(job.id), functools.partial(here.runner.outputs.read, job.id)
+    log, read = here.runner.follow(job), functools.partial(here.runner.outputs.read, job.id)
     with_stills = frames == "jpeg"
     told = tell_live(log, last_event_id, read, with_stills) if log else tell_ended(job, read, with_stills)
-    async with contextlib.aclosing(told):
-        async for event in told:
-            yield event
+    with here.metrics.reading_events():
+        async with contextlib.aclosing(told):
+            async for event in told:
+                yield event
 
 
 @router.post("/{video_id}/cancel")
