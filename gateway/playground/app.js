@@ -489,14 +489,17 @@ class Stage {
   takePicture(data) {
     const { job } = this;
     if (data.error) throw new ApiError(200, data.error);
-    if (data.b64_json) {
-      const url = `data:image/${data.output_format ?? "png"};base64,${data.b64_json}`;
-      const partial = data.type.endsWith("partial_image");
-      job.firstFrame ??= (performance.now() - job.since) / 1000;
-      this.showStill(url, partial ? `preview ${data.partial_image_index + 1}` : "");
-      Object.assign(job, { size: data.size ?? job.size, stage: "denoise", status: partial ? "in_progress" : "completed" });
-      if (!partial) Object.assign(job, { url, seed: data.seed, timings: data.timings, usage: data.usage });
-    } else if (data.stage) Object.assign(job, data);
+    if (data.type === "image_generation.progress") {
+      const { stage: name, step, total_steps, eta_s, queue_position } = data;
+      Object.assign(job, { stage: name, eta_s, queue_position });
+      if (name === "denoise") Object.assign(job, { step, num_inference_steps: total_steps });
+    }
+    if (data.type === "image_generation.partial_image") this.showStill(pictureUrl(data), `preview ${data.partial_image_index + 1}`);
+    if (data.type === "image_generation.completed") {
+      const { size, seed, timings, usage, warnings, output_format } = data;
+      Object.assign(job, { status: "completed", url: pictureUrl(data), size, seed, timings, usage, warnings, output_format });
+      this.showStill(job.url, "");
+    }
     this.draw();
   }
 
@@ -514,7 +517,8 @@ class Stage {
     this.drawActions(over);
     this.drawTrack(over);
     this.drawFacts();
-    document.title = over ? `${ENDINGS[job.status]} · framemesh` : `${job.progress ?? 0} % · framemesh`;
+    const state = over || job.progress === undefined ? $("now").textContent : `${job.progress} %`;
+    document.title = `${state} · framemesh`;
   }
 
   /** Text that is read out when it changes must not be set again when it does not. */
@@ -535,7 +539,7 @@ class Stage {
     const { job } = this;
     if (job.status !== "completed") return "";
     const total = job.timings?.total;
-    const first = job.firstFrame && `first ${job.id ? "frame" : "picture"} after ${duration(job.firstFrame)}`;
+    const first = job.firstFrame && `first frame after ${duration(job.firstFrame)}`;
     return joined(total !== undefined && `in ${duration(total)}`, first);
   }
 
@@ -546,7 +550,8 @@ class Stage {
     $("download").hidden = job.status !== "completed";
     if (job.status !== "completed") return;
     $("download").href = job.url ?? `${pathOf(job.id)}/content`;
-    $("download").download = job.id ? `${job.id}.${{ png: "zip" }[job.output_format] ?? job.output_format ?? "mp4"}` : "framemesh.png";
+    const format = job.output_format ?? "mp4";
+    $("download").download = job.id ? `${job.id}.${format === "png" ? "zip" : format}` : `${job.seed}.${format}`;
   }
 
   drawTrack(over) {
@@ -578,11 +583,11 @@ class Stage {
     const facts = {
       Model: job.model,
       Size: job.size === "1x1" ? null : job.size?.replace("x", " × "),
-      Frames: job.fps && `${job.num_frames} at ${job.fps} a second`,
+      Frames: job.fps && `${job.num_frames} at ${job.fps} fps`,
       Steps: job.num_inference_steps,
       Seed: job.seed === undefined ? null : make("button", { type: "button", title: "Use this seed", onclick: useSeed }, `${job.seed}`),
       "Rank seconds": usage?.rank_seconds && usage.rank_seconds.toFixed(2),
-      "Peak memory": usage?.peak_memory_mb && bytes(usage.peak_memory_mb * 1e6),
+      "Peak memory": usage?.peak_memory_mb && bytes(usage.peak_memory_mb * 2 ** 20),
       Attempts: usage?.attempts > 1 && usage.attempts,
     };
     const shown = Object.entries(facts).filter(([, fact]) => fact);
@@ -592,6 +597,8 @@ class Stage {
     $("facts").replaceChildren(...shown.map(([name, fact]) => make("div", {}, make("dt", {}, name), make("dd", {}, fact))));
   }
 }
+
+const pictureUrl = ({ output_format, b64_json }) => `data:image/${output_format};base64,${b64_json}`;
 
 function useSeed(event) {
   $("random").checked = false;
@@ -814,6 +821,7 @@ const NUMBERS = ["num_frames", "num_inference_steps", "guidance_scale", "true_cf
 /** Parameters of the API whose field here has another name. */
 const SHOWN_AT = { width: "size", height: "size", seconds: "num_frames", partial_images: "previews" };
 
+const STREAMED = { stream: true, stream_options: { include_progress: true } };
 /** File formats by what the model makes; the first is what the server takes unasked. */
 const FORMATS = {
   video: { mp4: "MP4", webm: "WebM", gif: "GIF", png: "PNG frames" },
@@ -847,7 +855,7 @@ function wanted() {
   if ($("output_format").selectedIndex <= 0) delete body.output_format;
   if (!makesImages()) return { path: "v1/videos", body };
   const { previews, ...image } = body;
-  return { path: "v1/images/generations", body: { ...image, stream: true, partial_images: Math.min(previews ?? 0, 3) } };
+  return { path: "v1/images/generations", body: { ...image, ...STREAMED, partial_images: Math.min(previews ?? 0, 3) } };
 }
 
 /** A number, or the text as it was typed: the server says best what is wrong with it. Large seeds stay exact as text. */
