@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.catalog import Catalog
+from gateway.inputs import Inputs
 from gateway.jobs.database import StoreUnavailable
 from gateway.jobs.outputs import Outputs
 from gateway.jobs.runner import JobRunner
@@ -22,7 +23,7 @@ from gateway.mesh import DRAINING
 from gateway.metrics import Metrics, Timing
 from gateway.middleware import BodyLimit, Envelope
 from gateway.replies import CODES, error_reply
-from gateway.routes import health, images, models, playground, server, videos
+from gateway.routes import adapters, health, images, models, playground, server, videos
 from gateway.services import Services
 from runtime.config import Config
 from runtime.errors import InvalidInput, NotReady
@@ -39,7 +40,8 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
     end."""
     metrics = Metrics()
     runner = JobRunner(catalog, store, Outputs(Path(config.output_path)), metrics)
-    services = Services(config, catalog, runner, metrics)
+    inputs = Inputs(Path(config.output_path) / "inputs", allow_private=config.allow_private_urls)
+    services = Services(config, catalog, runner, inputs, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -55,7 +57,7 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
 
     app = FastAPI(title="framemesh", lifespan=lifespan)
     app.state.services = services
-    for routes in (videos, images, models, health, server, playground):
+    for routes in (videos, images, adapters, models, health, server, playground):
         app.include_router(routes.router)
     app.add_exception_handler(InvalidInput, _invalid_input)
     app.add_exception_handler(NotReady, _not_ready)

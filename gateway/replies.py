@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import msgspec
@@ -10,6 +11,8 @@ from starlette.responses import Response
 from gateway.jobs.store import Job
 from runtime.protocol import Usage
 
+FAILURES = {"out_of_memory": 400, "cancelled": 400, "draining": 503, "gateway_lost": 503}
+"""Status of a call that waited for work that failed, by the reason's code; everything else is 500."""
 CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
 
 
@@ -61,6 +64,26 @@ def _finished_reason(job: Job) -> str | None:
     return job.status if job.status != "failed" else job.error_code or "failed"
 
 
+def total_usage(text_tokens: int, usages: Sequence[Usage]) -> dict[str, Any]:
+    """OpenAI's token counts, and beside them what all images of a call took together.
+
+    The prompt's tokens are read once, by all of them; a diffusion model writes none, whatever the size.
+    """
+    together = Usage(
+        queue_s=sum(usage.queue_s for usage in usages),
+        rank_seconds=sum(usage.rank_seconds for usage in usages),
+        attempts=sum(usage.attempts for usage in usages),
+        peak_memory_bytes=max(usage.peak_memory_bytes for usage in usages),
+    )
+    tokens = {
+        "total_tokens": text_tokens,
+        "input_tokens": text_tokens,
+        "output_tokens": 0,
+        "input_tokens_details": {"text_tokens": text_tokens, "image_tokens": 0},
+    }
+    return tokens | usage_object(together)
+
+
 def error_object(job: Job) -> dict[str, Any]:
     """Why a job ended without a video."""
     kind = "server_error" if job.status == "failed" else "invalid_request_error"
@@ -70,6 +93,19 @@ def error_object(job: Job) -> dict[str, Any]:
 def error_body(message: str, kind: str, param: str | None, code: str | None) -> dict[str, dict[str, Any]]:
     """The one shape in which every OpenAI client reads an error."""
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def failure(code: str, reason: str) -> tuple[int, dict[str, dict[str, Any]]]:
+    """Status and body for a call whose work failed."""
+    status = FAILURES.get(code, 500)
+    kind = "server_error" if status >= 500 else "invalid_request_error"
+    return status, error_body(reason, kind, None, code)
+
+
+def failure_reply(code: str, reason: str) -> Response:
+    """To a call that waited for work that failed; only where a second try may end better is one invited."""
+    status, body = failure(code, reason)
+    return reply(body, status, {"retry-after": "5"} if status == 503 else {"x-should-retry": "false"})
 
 
 def reply(content: Any, status: int = 200, headers: dict[str, str] | None = None) -> Response:

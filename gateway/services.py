@@ -9,6 +9,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from gateway.catalog import Catalog
+from gateway.inputs import Inputs
 from gateway.jobs.runner import JobRunner
 from gateway.metrics import Metrics
 from gateway.probe import Probe
@@ -22,6 +23,7 @@ class Services:
     config: Config
     catalog: Catalog
     runner: JobRunner
+    inputs: Inputs
     metrics: Metrics
     probe: Probe = field(default_factory=Probe)
     started: float = field(default_factory=time.monotonic)

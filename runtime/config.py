@@ -6,6 +6,7 @@ A field is a flag (`--ulysses-degree`), a config-file key (`ulysses_degree`) and
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -98,6 +99,9 @@ class Config:
     """Address that the HTTP server listens on."""
     port: int = 30000
     """Port of the HTTP server; 0 takes a free one."""
+    public_url: str | None = None
+    """How clients reach this server, e.g. https://images.example.org; put before the URLs in answers, which are
+    relative without it."""
     output_path: str = "outputs"
     """Folder for results and for the job store."""
     database_url: str | None = field(default=None, repr=False)
@@ -180,8 +184,7 @@ def check_config(config: Config) -> None:
         InvalidInput: names the field.
     """
     _check_parallel(config)
-    if not 0 <= config.port <= 65535:
-        raise InvalidInput("port", f"{config.port} is not a port; take 0 (any free one) to 65535")
+    _check_gateway(config)
     if not config.vae_config.load_decoder:
         raise InvalidInput("vae_config.load_decoder", "must be true: without the decoder there are no frames")
     if not 1 <= config.max_prompt_chars <= MAX_PROMPT_CHARS:
@@ -194,10 +197,6 @@ def check_config(config: Config) -> None:
     for name in ("checkpoint_every_steps", "checkpoint_max_bytes", "drain_timeout"):
         if getattr(config, name) < 0:
             raise InvalidInput(name, f"{getattr(config, name)} is negative; take 0 or more")
-    if config.database_url is not None and not config.database_url.startswith(POSTGRES):
-        raise InvalidInput("database_url", "is not of the form postgresql://user:password@host/database")
-    if config.job_lease < 1:
-        raise InvalidInput("job_lease", f"{config.job_lease:g} s are too few; take 1 or more")
     if config.batching_delay_ms < 0:
         raise InvalidInput("batching_delay_ms", f"{config.batching_delay_ms} is negative; it is a time in ms")
     for name in ("tile_sample_min_height", "tile_sample_min_width"):
@@ -217,6 +216,17 @@ def _check_parallel(config: Config) -> None:
         raise InvalidInput("dist_backend", "nccl moves CUDA tensors only; take gloo on the CPU")
     if config.use_fsdp_inference and config.dist_backend == "staged":
         raise InvalidInput("use_fsdp_inference", "dist_backend staged cannot gather sharded weights; take nccl")
+
+
+def _check_gateway(config: Config) -> None:
+    if not 0 <= config.port <= 65535:
+        raise InvalidInput("port", f"{config.port} is not a port; take 0 (any free one) to 65535")
+    if config.public_url is not None and not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", config.public_url):
+        raise InvalidInput("public_url", f"{config.public_url!r} is not of the form https://host or https://host/path")
+    if config.database_url is not None and not config.database_url.startswith(POSTGRES):
+        raise InvalidInput("database_url", "is not of the form postgresql://user:password@host/database")
+    if config.job_lease < 1:
+        raise InvalidInput("job_lease", f"{config.job_lease:g} s are too few; take 1 or more")
 
 
 def fit_layout(config: Config, card: Heads, branches: int) -> Config:

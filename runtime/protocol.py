@@ -114,6 +114,12 @@ class Request(msgspec.Struct, frozen=True):
     """W3C trace context of that call."""
     previews: Times = 0
     """Latent previews that are wanted while it is denoised, evenly spread."""
+    images: Annotated[tuple[Place, ...], Meta(max_length=64)] = ()
+    """Files of the pictures that it starts from, in the caller's order; empty unless the card takes some."""
+    mask: Place = ""
+    """File that is transparent where the first picture may change."""
+    markup: Place = ""
+    """File that is drawn over the first picture, to say what to change."""
 
 
 class GatewayHello(Message, frozen=True):

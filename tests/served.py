@@ -79,6 +79,10 @@ class Gateway:
 
         return asyncio.run_coroutine_threadsafe(main(), self._loop).result(5)
 
+    def await_(self, work):
+        """What a coroutine of the gateway's comes to."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(5)
+
     def tasks(self) -> set[str]:
         return self.call(lambda: {task.get_name() for task in asyncio.all_tasks() - {asyncio.current_task()}})
 

@@ -95,7 +95,7 @@ def test_one_request_in_every_form_is_one_request(gateway, fake):
 JPEG_FILE = ("cat.jpg", b"\xff\xd8\xff", "image/jpeg")
 REFUSED = [
     ({"json": {"prompt": "a", "sede": 1}}, 400, "sede", "unknown_parameter", "did you mean seed?"),
-    ({"json": {"prompt": "a", "user": "me"}}, 400, "user", "unknown_parameter", "no parameter"),
+    ({"json": {"prompt": "a", "quality": "hd"}}, 400, "quality", "unknown_parameter", "no parameter"),
     ({"json": {"seed": 1}}, 400, "prompt", "missing_required_parameter", "required"),
     ({"json": {"prompt": " "}}, 400, "prompt", "missing_required_parameter", "empty"),
     ({"json": {"prompt": 3}}, 400, "prompt", "invalid_value", "string"),
@@ -124,11 +124,11 @@ REFUSED = [
     ({"json": {"prompt": "a", "extra_body": [1]}}, 400, "extra_body", "invalid_value", "object"),
     ({"json": {"prompt": "a", "extra_params": "{"}}, 400, "extra_params", "invalid_json", "JSON"),
     ({"json": {"prompt": "a", "input_reference": {"image_url": "http://x"}}}, 400, "input_reference",
-     "unsupported_parameter", "no image"),
+     "image_input_not_supported", "text alone"),
     ({"files": {"prompt": (None, "a"), "input_reference": JPEG_FILE}}, 400, "input_reference",
-     "unsupported_parameter", "no image"),
+     "invalid_image", "PNG, JPEG or WebP"),
     ({"files": {"prompt": (None, "a"), "input_reference[image_url]": (None, "x")}}, 400, "input_reference",
-     "unsupported_parameter", "no image"),
+     "invalid_url", "https://"),
     ({"files": {"prompt": JPEG_FILE}}, 400, "prompt", "invalid_value", "string"),
     ({"files": [("prompt", (None, "a")), ("prompt", (None, "b"))]}, 400, "prompt", "invalid_value", "twice"),
     ({"files": {"prompt[]": (None, "a")}}, 400, "prompt", "invalid_value", "string"),

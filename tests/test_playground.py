@@ -304,25 +304,34 @@ def test_the_list_pages_opens_remixes_and_deletes(visit, gateway, fake):
     assert (last.prompt, last.seed) == ("another one", first.seed)
 
 
-def test_the_mesh_is_shown_and_asked_only_while_somebody_looks(visit, fake):
-    page = visit()
+def test_the_mesh_is_shown_and_asked_once_a_second_while_somebody_looks(visit, fake):
+    page = visit(before=lambda page: page.clock.install())
     expect(page.locator(".ranks li")).to_have_count(2)
     expect(page.locator(".mesh")).to_contain_text("ulysses 2")
     expect(page.locator(".times")).to_contain_text("100 ms")
     expect(page.locator("#server")).to_contain_text("ready")
-    asked = []
-    page.on("request", lambda sent: asked.append(sent.url) if sent.url.endswith("/server_info") else None)
-    page.wait_for_event("request", lambda sent: sent.url.endswith("/server_info"))
+
+    def asks() -> int:
+        """How often it asks within four seconds. Each answer starts the next second."""
+        asked = []
+        page.on("requestfinished", lambda sent: asked.append(sent) if sent.url.endswith("/server_info") else None)
+        for second in range(1, 5):
+            page.clock.run_for(1000)
+            page.evaluate("fetch('health/live').then((answer) => answer.text())")
+            if not page.evaluate("document.hidden"):
+                eventually(lambda second=second: page.evaluate("1") and len(asked) == second)
+        return len(asked)
+
     look = "Object.defineProperty(document, 'hidden', {value: %s, configurable: true});"
     look += "document.dispatchEvent(new Event('visibilitychange'))"
+    assert asks() == 4
     page.evaluate(look % "true")
-    page.wait_for_timeout(1100)
-    before = len(asked)
-    page.wait_for_timeout(1500)
-    assert len(asked) == before
+    page.clock.run_for(1000)
+    assert asks() == 0
     with page.expect_request("**/server_info"):
         page.evaluate(look % "false")
     fake.drain()
+    page.clock.resume()
     expect(page.locator("#server")).to_contain_text("draining")
 
 

@@ -117,6 +117,7 @@ class JobRunner:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(model.mesh.wait_model(), MODEL_PATIENCE_S)
         request = await asyncio.to_thread(model.mesh.request, job.id, params, terms, previews=asked.previews)
+        request = msgspec.structs.replace(request, images=asked.images)
         self._accepting.add(job.id)
         try:
             stored = await self._store.insert(job)
@@ -159,6 +160,9 @@ class JobRunner:
             # The process died between finishing the file and noting it.
             done = {"progress": 100, "frames_done": job.params.num_frames, "output_file": output_file}
             await self._end_unstarted(job, "completed", **done)
+        elif job.asked.attached:
+            reason = "the server was restarted while its client waited"
+            await self._end_unstarted(job, "cancelled", error_code="cancelled", error_message=reason)
         elif model is None:
             reason = f"the server was restarted without the model {job.model}"
             await self._end_unstarted(job, "failed", error_code="model_changed", error_message=reason)
@@ -216,6 +220,25 @@ class JobRunner:
             return None if job.finished else self._reflect(job.id, EventLog())
         mirror.touch()
         return mirror.log
+
+    async def wait(self, job_id: str) -> Job:
+        """The job once it has ended.
+
+        Raises:
+            NotReady: it came too late for the mesh, and waits for the next one.
+        """
+        live = self._live.get(job_id)
+        if live is not None:
+            assert live.task is not None
+            await asyncio.wait([live.task])
+            if not live.task.cancelled() and not live.log.ended:
+                raise NotReady("draining: the server is shutting down and takes no new work", draining=True)
+            # Who cancels the task tells its readers a moment later.
+            async for _event in live.log.follow():
+                pass
+        job = live.job if live is not None else await self._store.get(job_id)
+        assert job is not None, "waited for a job that nobody accepted"
+        return job
 
     async def cancel(self, job_id: str, reason: str) -> None:
         """Stop a job and wait until nothing touches it any more; a finished one stays as it is.
@@ -354,6 +377,7 @@ class JobRunner:
             request = await asyncio.to_thread(
                 mesh.request, job.id, job.params, job.terms, resumed=True, previews=job.asked.previews
             )
+            request = msgspec.structs.replace(request, images=job.asked.images)
         output_file = ""
         with contextlib.closing(Recording(self.outputs, live.job)) as recording:
             async with contextlib.aclosing(mesh.run(traced(request, job.asked), resumed=resumed)) as events:

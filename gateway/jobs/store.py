@@ -63,6 +63,10 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     safety_identifier: str | None = None
     remixed_from: str | None = None
     """The video whose parameters were taken over."""
+    images: tuple[str, ...] = ()
+    """Files of the pictures that it starts from."""
+    attached: bool = False
+    """It belongs to the connection that asked for it, and ends with it."""
     previews: int = 0
     """Pictures of what it will look like that are wanted while it is denoised."""
 

@@ -2,25 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.responses import FileResponse, Response
 
 from gateway.auth import account
-from gateway.body import read_body
+from gateway.body import discard_body, read_body
+from gateway.connection import CLIENT_LEFT, unless_client_leaves
 from gateway.jobs.outputs import VIDEO_ID
 from gateway.jobs.runner import JobRunner
 from gateway.jobs.store import Asked, Job, Order
 from gateway.middleware import request_id
-from gateway.replies import reply, video_object
-from gateway.schema import VideoCreate, resolve
-from gateway.services import Here
+from gateway.replies import error_reply, failure_reply, reply, video_object
+from gateway.schema import VideoCreate, VideoRemix, resolve
+from gateway.services import Here, Services
 from gateway.stream import tell_ended, tell_live
 from gateway.tracing import traceparent
 from runtime.errors import InvalidInput
@@ -41,24 +44,50 @@ async def _existing(video_id: str, here: Here) -> Job:
 
 Existing = Annotated[Job, Depends(_existing)]
 
-_BODY = {"schema": VideoCreate.model_json_schema()}
-_CREATE = {
-    "requestBody": {"required": True, "content": {"application/json": _BODY, "multipart/form-data": _BODY}},
-}
+IdempotencyKey = Annotated[str | None, Header(max_length=255)]
 
 
-@router.post("", openapi_extra=_CREATE)
-async def create(
-    request: Request, here: Here, idempotency_key: Annotated[str | None, Header(max_length=255)] = None
-) -> Response:
+def _documented(kind: type[VideoCreate]) -> dict[str, Any]:
+    body = {"schema": kind.model_json_schema()}
+    return {"requestBody": {"required": True, "content": {"application/json": body, "multipart/form-data": body}}}
+
+
+@router.post("", openapi_extra=_documented(VideoCreate))
+async def create(request: Request, here: Here, idempotency_key: IdempotencyKey = None) -> Response:
     body = await read_body(request, VideoCreate)
-    model = here.catalog.find(body.model)
-    params = resolve(body, model.card, here.config.max_prompt_chars)
-    terms = check_terms(body.priority, body.timeout, account(request))
-    asked = Asked(request_id=request_id(request), traceparent=traceparent(request), previews=body.previews)
-    drawn_seed = body.seed is None
-    job = await here.runner.submit(model, params, terms, asked, idempotency_key, drawn_seed=drawn_seed)
-    return reply(video_object(job))
+    return reply(video_object(await _submit(request, here, body, idempotency_key)))
+
+
+@router.post("/sync", openapi_extra=_documented(VideoCreate), response_class=FileResponse)
+async def sync(request: Request, here: Here) -> Response:
+    """The body of POST /v1/videos, answered with the video itself.
+
+    The job is listed like any other, and cancelled if the client closes the connection before it has ended.
+    """
+    if "idempotency-key" in request.headers:
+        raise InvalidInput("Idempotency-Key", "is for /v1/videos; this job ends with the connection that asked for it")
+    job = await _submit(request, here, await read_body(request, VideoCreate), None, attached=True)
+    try:
+        ended = await unless_client_leaves(request, here.runner.wait(job.id))
+    finally:
+        # Unless it has ended, nobody waits for it any more.
+        await here.runner.cancel(job.id, "the client left")
+    return Response(status_code=CLIENT_LEFT) if ended is None else _made(ended, here.runner)
+
+
+@router.post("/edits")
+@router.post("/extensions")
+@router.post("/characters")
+async def refuse_videos(request: Request) -> Response:
+    """What starts from a video: 400 `video_input_not_supported`, whatever was asked."""
+    await discard_body(request)
+    return _no_video_input()
+
+
+@router.get("/characters/{character_id}")
+async def refuse_character(character_id: str) -> Response:
+    """Likewise: there are none."""
+    return _no_video_input()
 
 
 @router.get("")
@@ -102,6 +131,20 @@ async def events(
                 yield event
 
 
+@router.post("/{video_id}/remix", openapi_extra=_documented(VideoRemix))
+async def remix(source: Existing, request: Request, here: Here, idempotency_key: IdempotencyKey = None) -> Response:
+    """The same video with another prompt, whether the source is done, still waits, or has lost its file.
+
+    Its parameters and its seed are taken over; any of them may be given to differ, and `prompt` has to be.
+    """
+    body = (await read_body(request, VideoRemix)).over(source)
+    if here.catalog.get(source.model) is None:
+        message = f"{source.id} was made by {source.model}, which this server does not have (any more)"
+        raise InvalidInput("video_id", message, code="model_not_served")
+    taken = {"images": source.asked.images} if body.input_reference is None else {}
+    return reply(video_object(await _submit(request, here, body, idempotency_key, remixed_from=source.id, **taken)))
+
+
 @router.post("/{video_id}/cancel")
 async def cancel(job: Existing, here: Here) -> Response:
     await here.runner.cancel(job.id, "cancelled by the client")
@@ -112,6 +155,43 @@ async def cancel(job: Existing, here: Here) -> Response:
 async def delete(job: Existing, here: Here) -> Response:
     await here.runner.delete(job.id)
     return reply({"id": job.id, "object": "video.deleted", "deleted": True})
+
+
+async def _submit(request: Request, here: Services, body: VideoCreate, idempotency_key: str | None, **more: Any) -> Job:
+    """Accept a job; `more` goes into its `Asked`."""
+    model = here.catalog.find(body.model)
+    params = resolve(body, model.card, here.config.max_prompt_chars)
+    kept = await here.inputs.take(await asyncio.to_thread(body.given), model.card.max_input_images)
+    terms = check_terms(body.priority, body.timeout, account(request))
+    asked = Asked(
+        request_id=request_id(request),
+        traceparent=traceparent(request),
+        previews=body.previews,
+        user=body.user,
+        safety_identifier=body.safety_identifier,
+        images=kept.images,
+    )
+    asked = msgspec.structs.replace(asked, **more)
+    drawn_seed = body.seed is None
+    return await here.runner.submit(model, params, terms, asked, idempotency_key, drawn_seed=drawn_seed)
+
+
+def _no_video_input() -> Response:
+    message = "videos are made of text here; no model of this server starts from a video"
+    return error_reply(400, message, None, "video_input_not_supported")
+
+
+def _made(job: Job, runner: JobRunner) -> Response:
+    """To a call that waited for a job: its video, or why there is none."""
+    headers = {"x-video-id": job.id, "x-seed": str(job.params.seed)}
+    if job.status == "completed":
+        headers["x-timings"] = msgspec.json.encode(job.timings).decode()
+        path = _finished_file(job, runner)
+        answer: Response = FileResponse(path, media_type="video/mp4", filename=path.name)
+    else:
+        answer = failure_reply(job.error_code or job.status, job.error_message or "it ended without a video")
+    answer.headers.update(headers)
+    return answer
 
 
 def _finished_file(job: Job, runner: JobRunner) -> Path:

@@ -47,6 +47,11 @@ class Card(Protocol):
         ...
 
     @property
+    def max_input_images(self) -> int:
+        """Pictures that a request may start from; 0 where the family reads text only."""
+        ...
+
+    @property
     def heads(self) -> int:
         """Attention heads of the denoiser: what Ulysses splits."""
         ...
