@@ -283,9 +283,9 @@ class Stage {
     this.urls = [];
     this.strip = new Filmstrip($("strip"), (number) => this.choose(number));
     this.segments = Object.entries(STAGES).map(([name, { title }]) => {
-      const label = make("span", {}, title);
+      const seconds = make("span");
       const bar = make("div", { className: "bar" });
-      return { name, bar, label, element: make("div", { className: "segment" }, bar, label) };
+      return { name, bar, seconds, element: make("div", { className: "segment" }, bar, make("span", {}, title), " ", seconds) };
     });
     $("track").replaceChildren(...this.segments.map((segment) => segment.element));
     this.watchPlayback();
@@ -384,7 +384,10 @@ class Stage {
       job.decoded = job.num_frames;
       this.strip.rewind();
       if (!wasOver) this.showFileUnlessLive();
-    } else if ($("viewer").dataset.shows === "nothing") $("empty").textContent = "There are no frames.";
+    } else if ($("viewer").dataset.shows === "nothing") {
+      $("empty").textContent = "There are no frames.";
+      $("strip").hidden = true;
+    }
     $("caption").textContent = "";
     if (!wasOver) list.refresh();
   }
@@ -561,7 +564,7 @@ class Stage {
     const counts = { denoise: [job.step, job.num_inference_steps], decode: [job.decoded, job.num_frames] };
     const timings = job.status === "completed" ? job.timings : null;
     $("track").hidden = over && !timings;
-    for (const [index, { name, element, bar, label }] of this.segments.entries()) {
+    for (const [index, { name, element, bar, seconds }] of this.segments.entries()) {
       const [count, of] = counts[name] ?? [];
       const current = !over && index === reached;
       const share = timings ? (timings[name] ?? 0) : STAGES[name].share;
@@ -571,7 +574,7 @@ class Stage {
       bar.classList.toggle("ticks", of > 1 && of <= MOST_TICKS);
       bar.style.setProperty("--ticks", of ?? 1);
       bar.style.setProperty("--done", timings || index < reached ? 1 : current && of ? count / of : 0);
-      label.textContent = timings?.[name] === undefined ? STAGES[name].title : `${STAGES[name].title} ${duration(timings[name])}`;
+      seconds.textContent = timings?.[name] === undefined ? "" : duration(timings[name]);
     }
     $("track").setAttribute("aria-valuenow", job.progress ?? 0);
     $("track").setAttribute("aria-valuetext", joined($("now").textContent, $("rest").textContent));
