@@ -10,13 +10,19 @@ from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 from gateway.catalog import Model
 from gateway.inputs import Kept
 from gateway.jobs.runner import MODEL_PATIENCE_S
+from gateway.jobs.store import Asked
 from gateway.media.metadata import generation_metadata
 from gateway.media.stills import FULL_QUALITY, StillFormat, resize, still
 from gateway.mesh import Frames, Preview
+from gateway.metrics import Metrics
+from gateway.tracing import traced
+from gateway.watch import Watch
 from runtime.errors import InvalidInput
 from runtime.protocol import Completed, Progress, Request, Usage
 from runtime.sampling import ResolvedParams, Terms
@@ -29,6 +35,9 @@ class Commission:
     model: Model
     params: ResolvedParams
     terms: Terms
+    metrics: Metrics
+    asked: Asked = field(default_factory=Asked)
+    """Whose call it is."""
     n: int = 1
     """How many; their seeds count up."""
     previews: int = 0
@@ -78,6 +87,7 @@ async def order(commission: Commission) -> Sequence[Request]:
     first = await asyncio.to_thread(mesh.request, "", params, commission.terms, previews=commission.previews)
     given = commission.inputs
     first = msgspec.structs.replace(first, images=given.images, mask=given.mask, markup=given.markup)
+    first = traced(first, commission.asked)
     return [
         msgspec.structs.replace(first, id=_new_image_id(), params=msgspec.structs.replace(params, seed=seed))
         for seed in range(params.seed, params.seed + commission.n)
@@ -116,23 +126,31 @@ async def paint(commission: Commission, request: Request) -> AsyncGenerator[Told
     Raises:
         RequestFailed: the mesh gave up on it, or somebody cancelled it.
     """
-    pixels, partials = None, 0
-    async with contextlib.aclosing(commission.model.mesh.run(request)) as events:
-        async for event in events:
-            match event:
-                case Progress():
-                    yield event
-                case Preview():
-                    yield Partial(partials, await asyncio.to_thread(_encode_preview, commission, event))
-                    partials += 1
-                case Frames():
-                    pixels = event.pixels[0]
-                case Completed():
-                    assert pixels is not None, "completed without a picture"
-                    params = request.params
-                    metadata = generation_metadata(params, commission.model.name, event.timings)
-                    file = await asyncio.to_thread(still, pixels, commission.kind, metadata, commission.quality)
-                    yield Picture(request.id, file, params.seed, _text_tokens(request), event.timings, event.usage)
+    pixels, done, partials = None, None, 0
+    with Watch(commission.metrics, commission.model.name, request.id, request.traceparent) as seen:
+        async with contextlib.aclosing(commission.model.mesh.run(request)) as events:
+            async for event in events:
+                seen(event)
+                match event:
+                    case Progress():
+                        yield event
+                    case Preview():
+                        yield Partial(partials, await asyncio.to_thread(_encode_preview, commission, event))
+                        partials += 1
+                    case Frames():
+                        pixels = event.pixels[0]
+                    case Completed():
+                        done = event
+    assert pixels is not None, "completed without a picture"
+    assert done is not None, "the mesh ended without a word"
+    yield await asyncio.to_thread(_finish, commission, request, pixels, done)
+
+
+def _finish(commission: Commission, request: Request, pixels: NDArray[np.uint8], done: Completed) -> Picture:
+    """The picture as a file; blocks."""
+    metadata = generation_metadata(request.params, commission.model.name, done.timings)
+    file = still(pixels, commission.kind, metadata, commission.quality)
+    return Picture(request.id, file, request.params.seed, _text_tokens(request), done.timings, done.usage)
 
 
 def _encode_preview(commission: Commission, preview: Preview) -> bytes:

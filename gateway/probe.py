@@ -74,7 +74,8 @@ async def _probe(model: Model) -> Outcome:
 
 async def _generate(model: Model) -> None:
     """One step, one frame, every stage."""
-    params = smallest(model.card, model.mesh.state.num_ranks)
+    loaded = model.mesh.model
+    params = smallest(model.card, loaded.layout.num_ranks if loaded is not None else 1)
     name = f"probe-{secrets.token_hex(8)}"
     request = await asyncio.to_thread(model.mesh.request, name, params, Terms(key=PROBE_ACCOUNT))
     async with contextlib.aclosing(model.mesh.run(request)) as events:

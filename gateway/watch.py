@@ -9,11 +9,21 @@ from typing import Self
 
 from prometheus_client import Gauge
 
+from gateway.jobs.database import StoreUnavailable
+from gateway.jobs.keeper import Lost
 from gateway.mesh import Event, Frames
 from gateway.metrics import Metrics
 from gateway.tracing import Stages
 from runtime.errors import NotReady, RequestFailed
 from runtime.protocol import Completed, Progress
+
+ENDS: dict[type[BaseException], str] = {
+    asyncio.CancelledError: "cancelled",
+    GeneratorExit: "cancelled",
+    NotReady: "not_ready",
+    Lost: "lost",
+    StoreUnavailable: "store_unavailable",
+}
 
 
 class Watch:
@@ -89,14 +99,10 @@ class Watch:
 
 
 def finished_reason(error: BaseException | None) -> str:
-    """One word for how a request ended: completed, cancelled, or the code of its failure."""
-    match error:
-        case None:
-            return "completed"
-        case RequestFailed():
-            return error.code
-        case NotReady():
-            return "not_ready"
-        case asyncio.CancelledError() | GeneratorExit():
-            return "cancelled"
-    return "internal_error"
+    """One word for how a request ended here: completed, cancelled, why somebody else goes on with it, or the code of
+    its failure."""
+    if error is None:
+        return "completed"
+    if isinstance(error, RequestFailed):
+        return error.code
+    return next((word for kind, word in ENDS.items() if isinstance(error, kind)), "internal_error")

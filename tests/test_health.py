@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import ThreadPoolExecutor, wait
 
 import httpx2
@@ -103,6 +104,12 @@ def test_callers_share_the_one_that_runs_and_one_that_leaves_ends_it_for_nobody(
         assert isinstance(impatient.exception(10), httpx2.TimeoutException)
         patient = [start_probe(gateway, pool) for _ in range(3)]
         eventually(lambda: len(asked) == 4)
+        here = gateway.app.state.services
+        caller = asyncio.run_coroutine_threadsafe(here.probe.run(here.catalog.default), gateway._loop)
+        eventually(lambda: len(asked) == 5)
+        caller.cancel()
+        # The loop has seen to it when it answers the next call.
+        gateway.call(lambda: None)
         fake.release()
         assert [one.result(10).status_code for one in patient] == [200] * 3
     assert len(fake.submitted) == 1

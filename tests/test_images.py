@@ -94,11 +94,11 @@ def test_urls_are_absolute_where_the_server_knows_its_name(start):
 
 
 def test_compression_makes_it_smaller(client):
-    sizes = [
-        len(client.images.generate(prompt="a", output_format="jpeg", output_compression=quality).data[0].b64_json)
-        for quality in (100, 10)
-    ]
-    assert sizes[1] < sizes[0]
+    words = {"prompt": "a", "output_format": "jpeg", "size": "256x256", "extra_body": {"seed": 1}}
+    full, little = (
+        len(client.images.generate(**words, output_compression=quality).data[0].b64_json) for quality in (100, 10)
+    )
+    assert little < full
 
 
 def test_values_that_ask_for_nothing_are_taken(client, fake):
@@ -140,6 +140,18 @@ def test_what_it_took_is_told_in_tokens_and_in_seconds(client, fake):
     assert answer.data[0].usage == {"queue_s": 0.1, "rank_seconds": 1.8, "attempts": 1, "peak_memory_mb": 4.8}
     assert answer.data[0].timings["total"] == 1.0
     assert (answer.quality, answer.background, answer.safety_identifier) == ("auto", "opaque", "who")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_it_is_counted_and_traced(gateway, fake, stream):
+    parent = f"00-{1:032x}-{2:016x}-01"
+    headers = {"x-request-id": "mine", "traceparent": parent}
+    gateway.http.post(PATH, json=BODY | {"stream": stream}, headers=headers).raise_for_status()
+    (request,) = fake.submitted
+    assert (request.trace, request.traceparent) == ("mine", parent)
+    told = gateway.http.get("/metrics").text
+    assert 'framemesh_requests_total{finished_reason="completed",model="demo"} 1.0' in told
+    assert 'framemesh_num_requests_running{model="demo"} 0.0' in told
 
 
 # ---- streams -------------------------------------------------------------------------------------------------------
@@ -277,7 +289,9 @@ def test_who_leaves_a_stream_cancels(gateway, fake, mark):
     fake.held = {mark}
     body = BODY | {"stream": True, "stream_options": {"include_progress": True}}
     with gateway.http.stream("POST", PATH, json=body) as response:
-        next(parse_events(response.iter_lines()))
+        # A reader that is dropped closes the connection.
+        events = parse_events(response.iter_lines())
+        next(events)
         fake.wait_for(mark)
     eventually(lambda: fake.cancelled)
     assert fake.cancelled == [fake.submitted[1].id]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import dataclasses
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -11,10 +12,14 @@ import structlog
 from prometheus_client.parser import text_string_to_metric_families
 from served import BODY, eventually
 
+from gateway.jobs.database import StoreUnavailable
+from gateway.jobs.keeper import Lost
 from gateway.metrics import NO_ROUTE
 from gateway.overview import public_config
 from gateway.probe import PROBE_ACCOUNT
+from gateway.watch import finished_reason
 from runtime.config import Config
+from runtime.errors import NotReady, RequestFailed
 from runtime.protocol import Buckets, Totals
 
 FRAMES = 17
@@ -88,6 +93,21 @@ def test_a_failure_is_counted_by_its_code(gateway, fake):
     assert seen("requests_total", model="demo", finished_reason="out_of_memory") == 1
     assert seen("e2e_request_latency_seconds_count", model="demo") in {None, 0}
     assert seen("num_requests_running", model="demo") == 0
+
+
+def test_images_count_like_videos_streamed_or_not(gateway, fake):
+    body = {"prompt": "a cat", "n": 2}
+    answer = gateway.http.post("/v1/images/generations", json=body, headers={"x-request-id": "mine"})
+    assert [entry["usage"]["attempts"] for entry in answer.raise_for_status().json()["data"]] == [1, 1]
+    assert {request.trace for request in fake.submitted} == {"mine"}
+    gateway.http.post("/v1/images/generations", json={"prompt": "a cat", "stream": True}).raise_for_status()
+    fake.failures["denoise:1"] = ("out_of_memory", "too large")
+    assert gateway.http.post("/v1/images/generations", json={"prompt": "a cat"}).is_error
+    seen = Scraped(gateway)
+    assert seen("requests_total", model="demo", finished_reason="completed") == 3
+    assert seen("requests_total", model="demo", finished_reason="out_of_memory") == 1
+    assert seen("e2e_request_latency_seconds_count", model="demo") == 3
+    assert (seen("num_requests_running", model="demo"), seen("num_requests_waiting", model="demo")) == (0, 0)
 
 
 def test_an_error_of_ours_is_counted_as_one(gateway, monkeypatch):
@@ -254,3 +274,19 @@ def test_before_the_scheduler_has_answered(start, fake):
     assert [model["ready"] for model in info["models"]] == [False]
     assert [mesh["ready"] for mesh in info["meshes"]] == [False]
     assert gateway.http.post("/v1/videos", json={**BODY, "num_frames": "many"}).status_code == 400
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (None, "completed"),
+        (RequestFailed("a", "worker_lost", "it ran while the workers died"), "worker_lost"),
+        (NotReady("draining", draining=True), "not_ready"),
+        (asyncio.CancelledError(), "cancelled"),
+        (Lost("it is another gateway's"), "lost"),
+        (StoreUnavailable("gone"), "store_unavailable"),
+        (OSError("no space"), "internal_error"),
+    ],
+)
+def test_every_end_has_a_word(error, reason):
+    assert finished_reason(error) == reason

@@ -187,7 +187,9 @@ def test_a_fingerprint_tells_requests_apart_and_not_their_drawn_seeds():
         return fingerprint(job(1, **changes), drawn)
 
     reseeded = msgspec.structs.replace(PARAMS, seed=5)
-    assert print_of() == print_of(asked=Asked(request_id="req_2"), terms=Terms(key="a"), created_at=7.0)
+    assert print_of() == print_of(
+        asked=Asked(request_id="req_2", traceparent="00-1-2-00"), terms=Terms(key="a"), created_at=7.0
+    )
     assert print_of() != print_of(params=reseeded)
     assert print_of(True) == print_of(True, params=reseeded)
     assert print_of(True) != print_of(), "a seed that was asked for is a part of the request"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import json
+import signal
 import socket
 import threading
 import warnings
@@ -15,7 +16,9 @@ import msgspec
 import openai
 import pytest
 import structlog
-from served import BODY, eventually, names
+from served import BODY, eventually, names, parse_events
+
+from runtime.trace import read_trace
 
 PATH = "/v1/videos/sync"
 
@@ -52,6 +55,16 @@ class Waiting:
         return self._answer
 
 
+@contextlib.contextmanager
+def leaving(url: str, path: str, body: dict):
+    """A client that asks and closes the connection at the end of the block."""
+    content = json.dumps(body).encode()
+    head = f"POST {path} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(content)}"
+    with socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2]))) as connection:
+        connection.sendall(f"{head}\r\n\r\n".encode() + content)
+        yield
+
+
 # ---- sync ----------------------------------------------------------------------------------------------------------
 
 
@@ -82,12 +95,7 @@ def test_while_one_waits_the_job_is_like_any_other(gateway, fake):
 @pytest.mark.parametrize("mark", ["queued", "denoise:2", "decode:2"])
 def test_who_leaves_cancels(gateway, fake, mark):
     fake.held = {mark}
-    with socket.create_connection(("127.0.0.1", int(gateway.url.rpartition(":")[2]))) as connection:
-        body = json.dumps(BODY).encode()
-        head = (
-            f"POST {PATH} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: {len(body)}\r\n\r\n"
-        )
-        connection.sendall(head.encode() + body)
+    with leaving(gateway.url, PATH, BODY):
         video_id = fake.wait_for(mark)
     eventually(lambda: fake.cancelled == [video_id])
     eventually(lambda: gateway.video(video_id)["status"] == "cancelled")
@@ -178,6 +186,40 @@ def test_bad_input_is_refused_as_elsewhere(gateway, fake):
     assert fake.submitted == []
 
 
+LONG = {"prompt": "a red square", "num_inference_steps": 1000}
+
+
+@pytest.mark.slow
+def test_the_ranks_stop_when_the_client_leaves(serve, tmp_path):
+    trace = tmp_path / "trace.jsonl"
+    server = serve("--num-gpus", "2", "--trace-path", str(trace)).wait_ready()
+
+    def steps() -> int:
+        """Of the requests that were left, on all ranks."""
+        lines = [line for line in read_trace(trace) if line.kind == "Denoise"]
+        return sum(line.units for line in lines if not line.requests.keys() & brief)
+
+    def brief_one() -> None:
+        answer = server.http.post("/v1/videos/sync", json=BODY | {"num_frames": 1}).raise_for_status()
+        brief.add(answer.headers["x-video-id"])
+
+    brief: set[str] = set()
+    progress = {"stream": True, "stream_options": {"include_progress": True}}
+    with server.http.stream("POST", "/v1/images/generations", json=LONG | progress) as response:
+        next(data for _, _, data in parse_events(response.iter_lines()) if data["step"] > 2)
+    for path in ("/v1/images/generations", PATH):
+        before = steps()
+        with leaving(server.url, path, LONG):
+            eventually(lambda: steps() > before, 30)  # noqa: B023
+    cancelled = 'framemesh_requests_total{finished_reason="cancelled",model="demo"} 3.0'
+    eventually(lambda: cancelled in server.http.get("/metrics").text)
+    brief_one()
+    until_then = steps()
+    brief_one()
+    assert steps() == until_then < 3 * 1000
+    assert server.end(signal.SIGTERM) == 0
+
+
 # ---- remix ---------------------------------------------------------------------------------------------------------
 
 
@@ -237,8 +279,10 @@ def test_a_source_may_still_wait_or_have_lost_its_file(gateway, fake):
 
 def test_a_remix_is_made_once_under_one_key(gateway, fake):
     source = gateway.create()
-    path, headers = f"/v1/videos/{source}/remix", {"idempotency-key": "k"}
-    ids = {gateway.http.post(path, json={"prompt": "b"}, headers=headers).json()["id"] for _ in range(2)}
+    path, ids = f"/v1/videos/{source}/remix", set()
+    for _ in range(2):
+        answer = gateway.http.post(path, json={"prompt": "b"}, headers={"idempotency-key": "k"})
+        ids.add(answer.json()["id"])
     assert len(ids) == 1
     gateway.wait(*ids)
     assert len(fake.submitted) == 2

@@ -91,7 +91,7 @@ class Database:
         return self._engine.dialect.name == "postgresql"
 
     def __str__(self) -> str:
-        return self.url.render_as_string(hide_password=True)
+        return self.url.set(query={}).render_as_string(hide_password=True)
 
     def now(self) -> ColumnElement[float]:
         """Seconds since the epoch by the one clock that all gateways share."""

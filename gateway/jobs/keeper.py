@@ -21,6 +21,10 @@ HEAR_CANCELS_S = 1.0
 log = get_logger("jobs")
 
 
+class Lost(Exception):
+    """The job is not ours any more: another gateway works on it, or it was ended or deleted."""
+
+
 class Hands(Protocol):
     """Who does the jobs."""
 
@@ -35,8 +39,11 @@ class Hands(Protocol):
 
     async def take_up(self, job: Job) -> None: ...
 
-    def lose(self, job_id: str) -> None:
+    async def lose(self, job_id: str) -> None:
         """Leave a job alone, whatever state it is in; one that is not in hand any more is none."""
+
+    async def tidy(self, job_id: str) -> object:
+        """Remove what is left of a job that was lost, if nobody needs it."""
 
     async def cancel(self, job_id: str, reason: str) -> None: ...
 
@@ -69,7 +76,7 @@ class Keeper:
                     await self._renew()
                     await self.claim()
                 elif self._hands.working_on():
-                    await self._cancel(await self._store.cancels())
+                    await self._cancel(await self._store.cancels(self._tick_s))
             except (FramemeshError, SQLAlchemyError, OSError) as error:
                 log.warning("the leases of the jobs could not be looked after", error=str(error))
 
@@ -79,10 +86,13 @@ class Keeper:
             held = await self._store.renew(max(self._held_until - began, 0.0))
         except StoreUnavailable:
             if self._store.shared:
-                self._lose(working_on, "its lease could not be renewed")
+                await self._lose(working_on, "its lease could not be renewed")
             raise
         self._held_until = began + self._store.lease_s
-        self._lose(working_on - held.keys(), "another gateway has taken it over")
+        lost = working_on - held.keys()
+        await self._lose(lost & {*self._hands.working_on()}, "it is not this one's any more")
+        for job_id in lost:
+            await self._hands.tidy(job_id)
         for job_id in held.keys() - working_on - {*self._hands.working_on(), *self._hands.accepting()}:
             # A claim whose answer was lost, or a job that could not go on without the store.
             job = await self._store.mine(job_id)
@@ -90,10 +100,10 @@ class Keeper:
                 await self._hands.take_up(job)
         await self._cancel({job_id: reason for job_id, reason in held.items() if reason is not None})
 
-    def _lose(self, jobs: Collection[str], reason: str) -> None:
+    async def _lose(self, jobs: Collection[str], reason: str) -> None:
         for job_id in jobs:
             log.warning("a job is left to other gateways", job=job_id, reason=reason)
-            self._hands.lose(job_id)
+            await self._hands.lose(job_id)
 
     async def _cancel(self, wanted: dict[str, str]) -> None:
         for job_id, reason in wanted.items():

@@ -18,7 +18,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from gateway.catalog import Catalog, Model
 from gateway.jobs.database import StoreUnavailable
-from gateway.jobs.keeper import Keeper
+from gateway.jobs.keeper import Keeper, Lost
 from gateway.jobs.mirror import Mirror
 from gateway.jobs.outputs import Outputs, Recording
 from gateway.jobs.store import Asked, Job, JobStore, Order, Page, Status, fingerprint
@@ -54,10 +54,6 @@ class TooLate(Exception):
     """An accepted job found the mesh draining. It is not over: it is given back, and its readers wait."""
 
 
-class Lost(Exception):
-    """The job is not ours any more: another gateway works on it, or it was ended or deleted."""
-
-
 @dataclass
 class LiveJob:
     """A job that has a task in this process; `job` is newer than the store's row."""
@@ -67,6 +63,8 @@ class LiveJob:
     task: asyncio.Task[None] | None = None
     log: EventLog = field(default_factory=EventLog)
     saved_at: float = 0.0
+    too_late: bool = False
+    """The mesh was draining when it came."""
 
 
 class JobRunner:
@@ -117,7 +115,6 @@ class JobRunner:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(model.mesh.wait_model(), MODEL_PATIENCE_S)
         request = await asyncio.to_thread(model.mesh.request, job.id, params, terms, previews=asked.previews)
-        request = msgspec.structs.replace(request, images=asked.images)
         self._accepting.add(job.id)
         try:
             stored = await self._store.insert(job)
@@ -175,12 +172,19 @@ class JobRunner:
             await self._end(job, status, **columns)
         await self._forget_elsewhere(job.id)
 
-    def lose(self, job_id: str) -> None:
+    async def lose(self, job_id: str) -> None:
         live = self._live.get(job_id)
-        if live is not None:
-            assert live.task is not None
+        if live is not None and live.task is not None:
             live.task.cancel()
+            await asyncio.wait([live.task])
             self._leave(live)
+
+    async def tidy(self, job_id: str) -> Job | None:
+        """The job's row, if there is one."""
+        row = await self._store.get(job_id)
+        if row is None or row.status in {"cancelled", "failed"}:
+            await asyncio.to_thread(self.outputs.delete, job_id)
+        return row
 
     def _leave(self, live: LiveJob) -> None:
         """It goes on without us, or not at all; who follows it here hears of that from the store."""
@@ -222,22 +226,29 @@ class JobRunner:
         return mirror.log
 
     async def wait(self, job_id: str) -> Job:
-        """The job once it has ended.
+        """The job once it has ended, wherever that is.
 
         Raises:
             NotReady: it came too late for the mesh, and waits for the next one.
+            InvalidInput: it was deleted meanwhile.
         """
         live = self._live.get(job_id)
-        if live is not None:
-            assert live.task is not None
+        if live is not None and live.task is not None:
             await asyncio.wait([live.task])
-            if not live.task.cancelled() and not live.log.ended:
+            if live.too_late:
                 raise NotReady("draining: the server is shutting down and takes no new work", draining=True)
-            # Who cancels the task tells its readers a moment later.
-            async for _event in live.log.follow():
+        job = await self._known(job_id, live)
+        events = self.follow(job) if live is None else live.log
+        if events is not None:
+            # Who ends a job without its task tells its readers a moment later.
+            async for _event in events.follow():
                 pass
-        job = live.job if live is not None else await self._store.get(job_id)
-        assert job is not None, "waited for a job that nobody accepted"
+        return await self._known(job_id, live)
+
+    async def _known(self, job_id: str, live: LiveJob | None) -> Job:
+        job = live.job if live is not None and live.job.finished else await self._store.get(job_id)
+        if job is None:
+            raise InvalidInput("video_id", f"{job_id} was deleted while it was made", code="video_not_found")
         return job
 
     async def cancel(self, job_id: str, reason: str) -> None:
@@ -353,6 +364,7 @@ class JobRunner:
             await self._end_live(live, "completed", progress=100, output_file=output_file, **measured)
 
     async def _give_back(self, live: LiveJob, reason: str) -> NoReturn:
+        live.too_late = True
         await self._store.release(live.job.id)
         raise TooLate(reason)
 
@@ -361,6 +373,8 @@ class JobRunner:
         columns = {"error_code": "internal_error", "error_message": reason}
         try:
             await self._end_live(live, "failed", **columns)
+        except (Lost, StoreUnavailable):
+            self._leave(live)
         except SQLAlchemyError:
             log.exception("the end of a job was not stored", job=live.job.id)
             await live.log.publish("error", {"error": error_object(msgspec.structs.replace(live.job, **columns))})
@@ -377,10 +391,10 @@ class JobRunner:
             request = await asyncio.to_thread(
                 mesh.request, job.id, job.params, job.terms, resumed=True, previews=job.asked.previews
             )
-            request = msgspec.structs.replace(request, images=job.asked.images)
+        request = msgspec.structs.replace(traced(request, job.asked), images=job.asked.images)
         output_file = ""
         with contextlib.closing(Recording(self.outputs, live.job)) as recording:
-            async with contextlib.aclosing(mesh.run(traced(request, job.asked), resumed=resumed)) as events:
+            async with contextlib.aclosing(mesh.run(request, resumed=resumed)) as events:
                 async for event in events:
                     seen(event)
                     match event:
@@ -478,9 +492,7 @@ class JobRunner:
 
     async def _lost(self, job_id: str) -> NoReturn:
         """Raises Lost; the files of a job that nobody wants any more go first."""
-        row = await self._store.get(job_id)
-        if row is None or row.status in {"cancelled", "failed"}:
-            await asyncio.to_thread(self.outputs.delete, job_id)
+        row = await self.tidy(job_id)
         state = "was deleted" if row is None else f"is {row.status}" if row.finished else "is another gateway's"
         raise Lost(f"it {state}")
 

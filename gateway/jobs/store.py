@@ -50,6 +50,8 @@ LEASE_S = 15.0
 ABANDONED_S = 600.0
 """After which a job that no gateway serves the model of is anybody's, to be ended."""
 MAX_OWNER_CHARS = 128
+OF_ONE_CALL = ("request_id", "traceparent")
+"""Of what was asked: not the same when it is asked again."""
 
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
@@ -269,12 +271,12 @@ class JobStore:
         rows = await self._database.run(lambda connection: connection.execute(query).all(), patience_s)
         return {row.id: row.cancel_requested for row in rows}
 
-    async def cancels(self) -> dict[str, str]:
+    async def cancels(self, patience_s: float = PATIENCE_S) -> dict[str, str]:
         """Our jobs that somebody wants cancelled: id -> the reason."""
         query = select(_columns.id, _columns.cancel_requested).where(
             self._ours(), _columns.cancel_requested.is_not(None)
         )
-        rows = await self._database.run(lambda connection: connection.execute(query).all())
+        rows = await self._database.run(lambda connection: connection.execute(query).all(), patience_s)
         return {row.id: row.cancel_requested for row in rows}
 
     async def mine(self, job_id: str) -> Job | None:
@@ -336,7 +338,7 @@ def fingerprint(job: Job, drawn_seed: bool) -> str:
     params = _told(job.params)
     if drawn_seed:
         del params["seed"]
-    asked = {name: value for name, value in _told(job.asked).items() if name != "request_id"}
+    asked = {name: value for name, value in _told(job.asked).items() if name not in OF_ONE_CALL}
     terms = {name: value for name, value in _told(job.terms).items() if name != "key"}
     words = msgspec.json.encode([job.model, params, asked, terms], order="deterministic")
     return hashlib.sha256(words).hexdigest()

@@ -21,11 +21,14 @@ from starlette.responses import FileResponse, Response
 from gateway.auth import account
 from gateway.body import read_body
 from gateway.connection import CLIENT_LEFT, Told, event_stream, unless_client_leaves
+from gateway.jobs.store import Asked
 from gateway.media.stills import FULL_QUALITY
+from gateway.middleware import request_id
 from gateway.pictures import Commission, Partial, Picture, make_all, order, paint
 from gateway.replies import failure, failure_reply, reply, total_usage, usage_object
 from gateway.schema import LISTS, ImageCreate, ImageEdit, resolve
 from gateway.services import Here, Services, services
+from gateway.tracing import traceparent
 from runtime.errors import InvalidInput, RequestFailed
 from runtime.log import get_logger
 from runtime.protocol import Progress
@@ -100,6 +103,13 @@ async def _check(request: Request, here: Services, body: ImageCreate, event: str
         model=model,
         params=params,
         terms=check_terms(body.priority, body.timeout, account(request)),
+        asked=Asked(
+            request_id=request_id(request),
+            traceparent=traceparent(request),
+            user=body.user,
+            safety_identifier=body.safety_identifier,
+        ),
+        metrics=here.metrics,
         n=body.n,
         previews=body.partial_images,
         inputs=await here.inputs.take(given, model.card.max_input_images),
@@ -141,7 +151,7 @@ async def _tell(call: Call, generation: Generation) -> AsyncGenerator[Told, None
         yield "error", {"type": "error"} | failure(error.code, error.reason)[1]
     except Exception:
         # The answer has begun: nobody above can still make an error of it that a client reads.
-        log.exception("an image failed in the gateway", request=generation.id)
+        log.exception("an image failed in the gateway", request=generation.id, trace=generation.trace)
         yield "error", {"type": "error"} | failure("internal_error", "the gateway failed; its log says more")[1]
 
 
