@@ -50,7 +50,7 @@ def photograph(url: str) -> None:
         save(page, "light")
         expect(page.locator("#now")).to_have_text("Done")
         page.emulate_media(color_scheme="dark")
-        ask(page, "a blue star on yellow, moving left", num_inference_steps="40", previews="12")
+        ask(page, "a yellow triangle on blue, moving left", num_inference_steps="40", previews="12")
         expect(page.locator("#rest")).to_contain_text("first frame after")
         expect(page.locator("#list img")).to_have_count(len(EARLIER) + 2)
         expect(page.locator("#strip .at")).to_have_count(1)

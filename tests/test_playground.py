@@ -182,6 +182,7 @@ def test_cancel_reaches_the_mesh(visit, gateway, fake):
     page.get_by_role("button", name="Cancel", exact=True).click()
     expect(page.locator("#now")).to_have_text("Cancelled")
     eventually(lambda: fake.cancelled == [video_id])
+    expect(page.locator("#now")).to_be_focused()
     expect(page.locator("#failure")).to_have_text("cancelled by the client")
     expect(page.get_by_role("button", name="Cancel", exact=True)).to_be_hidden()
     assert gateway.video(video_id)["status"] == "cancelled"

@@ -184,7 +184,16 @@ function codecOf(head) {
 
 /** Play a fragmented MP4 in a <video> while it is being made; returns at its end. */
 async function playWhileMade(video, path, signal) {
+  if (!("MediaSource" in window)) throw new Error("this browser plays whole files only");
   const reader = (await api(path, { signal })).body.getReader();
+  try {
+    await playPieces(video, reader, signal);
+  } finally {
+    reader.cancel().catch(() => {});
+  }
+}
+
+async function playPieces(video, reader, signal) {
   let head = new Uint8Array();
   while (codecOf(head) === null) {
     const { value, done } = await reader.read();
@@ -288,6 +297,7 @@ class Stage {
       return { name, bar, seconds, element: make("div", { className: "segment" }, bar, make("span", {}, title), " ", seconds) };
     });
     $("track").replaceChildren(...this.segments.map((segment) => segment.element));
+    $("video").loop = !matchMedia("(prefers-reduced-motion: reduce)").matches;
     this.watchPlayback();
   }
 
@@ -548,6 +558,7 @@ class Stage {
 
   drawActions(over) {
     const { job } = this;
+    if (over && document.activeElement === $("cancel")) $("now").focus(); // not lost with the button
     $("cancel").hidden = over;
     $("remix").hidden = $("delete").hidden = !job.id;
     $("download").hidden = job.status !== "completed";
@@ -624,9 +635,13 @@ $("download").addEventListener("click", async (event) => {
   const link = event.currentTarget;
   if (!sessionStorage.getItem(KEY) || !/content$/.test(link.href)) return;
   event.preventDefault();
-  const url = await mediaUrl(link.href);
-  make("a", { href: url, download: link.download }).click();
-  setTimeout(() => URL.revokeObjectURL(url), 60_000);
+  try {
+    const url = await mediaUrl(link.href);
+    make("a", { href: url, download: link.download }).click();
+    setTimeout(() => URL.revokeObjectURL(url), 60_000);
+  } catch (error) {
+    stage.complain(error);
+  }
 });
 
 // ---- the list of videos -------------------------------------------------------------------------------------------
@@ -780,7 +795,7 @@ function rankRow(rank) {
     { title: rank.host },
     make("span", { className: "number" }, `${rank.rank}`),
     make("span", { className: `doing ${kind}` }, rank.doing),
-    make("span", { className: "seconds" }, seconds),
+    make("span", { className: "seconds", title: "this item, and what was predicted for it" }, seconds),
     make("span", { className: "gauge" }, gauge),
     make("span", { className: "memory" }, memory),
   );
@@ -1038,6 +1053,7 @@ $("delete-dialog").addEventListener("close", async () => {
     await api(pathOf(stage.job.id), { method: "DELETE" });
     stage.clear();
     history.replaceState(null, "", location.pathname);
+    $("prompt").focus();
   } catch (error) {
     stage.complain(error);
   }
