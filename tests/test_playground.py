@@ -357,7 +357,7 @@ def test_the_keyboard_is_enough(visit, gateway, fake):
     page.locator("#list button").focus()
     page.keyboard.press("Enter")
     expect(page.locator("#list button")).to_be_focused()
-    for control in page.locator("input, textarea, select, button, a, [tabindex]").all():
+    for control in page.locator("input, textarea, select, button, a, [tabindex='0']").all():
         if control.is_visible():
             expect(control).to_have_accessible_name(re.compile(r"\S"))
 
