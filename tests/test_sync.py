@@ -212,7 +212,7 @@ def test_the_ranks_stop_when_the_client_leaves(serve, tmp_path):
         with leaving(server.url, path, LONG):
             eventually(lambda: steps() > before, 30)  # noqa: B023
     cancelled = 'framemesh_requests_total{finished_reason="cancelled",model="demo"} 3.0'
-    eventually(lambda: cancelled in server.http.get("/metrics").text)
+    eventually(lambda: cancelled in server.http.get("/metrics").text, 60)
     brief_one()
     until_then = steps()
     brief_one()
