@@ -18,9 +18,7 @@ CHROMIUM = Path("/usr/bin/chromium")
 FLAGS = ["--no-sandbox", "--disable-dev-shm-usage", "--autoplay-policy=no-user-gesture-required"]
 PATIENCE_MS = 15_000
 FRAMES = 17
-HOSTILE = (
-    """</script><img src=x onerror="window.owned=1"><svg onload=window.owned=1> 'a' $(touch owned) `id` \\ ü"""
-)
+HOSTILE = """</script><img src=x onerror="window.owned=1"><svg onload=window.owned=1> 'a' $(touch owned) `id` \\ ü"""
 
 pytestmark = [pytest.mark.browser, pytest.mark.timeout(90)]
 
