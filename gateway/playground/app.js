@@ -381,9 +381,8 @@ class Stage {
     if (!jpeg?.length) return;
     const pictures = jpeg.map((data) => `data:image/jpeg;base64,${data}`);
     this.strip.fill(first, pictures);
-    if (!isOver(job) && $("viewer").dataset.shows !== "video") {
-      this.showStill(pictures.at(-1), `frame ${first + count} of ${total}`);
-    }
+    const plays = isOver(job) && job.output_format !== "png";
+    if (!plays && $("viewer").dataset.shows !== "video") this.showStill(pictures.at(-1), `frame ${first + count} of ${total}`);
   }
 
   takeEnd(changes) {
@@ -415,18 +414,22 @@ class Stage {
   async showFileUnlessLive() {
     const { job } = this;
     const played = await job.live;
-    if (!played && job === this.job) await this.showFile().catch((error) => this.fail(error));
+    if (!played && job === this.job) await this.showFile();
   }
 
   async showFile() {
     const { job } = this;
-    const url = await mediaUrl(`${pathOf(job.id)}/content`, this.control.signal);
-    if (url.startsWith("blob:")) this.urls.push(url);
     const format = job.output_format ?? "mp4";
-    if (format === "gif") this.showStill(url, "");
-    else if (format !== "png") {
-      $("video").src = url;
+    if (format === "png") return; // an archive; the strip has the frames
+    try {
+      const url = await mediaUrl(`${pathOf(job.id)}/content`, this.control.signal);
+      if (url.startsWith("blob:")) this.urls.push(url);
+      if (job !== this.job) return;
+      if (format === "gif") this.showStill(url, "");
+      else $("video").src = url;
       $("video").play().catch(() => {});
+    } catch (error) {
+      if (job === this.job) this.complain(error);
     }
   }
 
