@@ -77,16 +77,20 @@ def main() -> int:
 
 
 async def serve(config: Config, card: Card, scheduler: str, frames: str) -> None:
-    """Until a signal."""
+    """Until a signal.
+
+    Raises:
+        StartFailed: it did not come up, for a reason that its operator can do something about.
+    """
     listening = listen(config.host, config.port)
     store = JobStore(store_url(config), lease_s=config.job_lease)
-    # Here and not with the application, whose server would bury the reason in its log.
-    await store.open()
     mesh = Mesh(scheduler, frames, batching_delay_s=config.batching_delay_ms / 1000)
     app = create_app(config, Catalog([Model(config.model_name, card, mesh)]), store)
-    settings = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S)
+    settings = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE_S)
     host = f"[{config.host}]" if ":" in config.host else config.host
-    await Server(settings, f"http://{host}:{listening.getsockname()[1]}").serve([listening])
+    # Uvicorn would log why the application did not start, and end as if nothing had happened.
+    async with app.router.lifespan_context(app):
+        await Server(settings, f"http://{host}:{listening.getsockname()[1]}").serve([listening])
 
 
 def store_url(config: Config) -> str | URL:

@@ -21,6 +21,8 @@ from runtime.protocol import Buckets, RankStatus, Status
 PREFIX = "framemesh"
 PROBE_ACCOUNT = "(probe)"
 """Whose work health probes are; it is charged to nobody and told to nobody."""
+NOBODY = "(anonymous)"
+"""Whose work is that of calls without a key; an empty label would be none."""
 MESH = ("model", "mesh")
 
 
@@ -109,7 +111,7 @@ def _of_work(answered: Answered) -> Iterator[Metric]:
             _add(errors, [*place, kind], buckets)
         for account, spent in sorted(totals.rank_seconds.items()):
             if account != PROBE_ACCOUNT:
-                seconds.add_metric([*place, account], spent)
+                seconds.add_metric([*place, account or NOBODY], spent)
     yield from (requests, steps, batches, errors, seconds)
 
 

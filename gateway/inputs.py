@@ -138,6 +138,10 @@ class Inputs:
         mask, markup = (files[source] if source is not None else "" for source in (given.mask, given.markup))
         return Kept(tuple(files[source] for source in given.images), mask, markup)
 
+    async def drop_unused(self, moment: float) -> None:
+        """Remove what was last used before a moment (seconds since the epoch)."""
+        await asyncio.to_thread(_drop_unused, self._folder, moment)
+
     async def _look(self, source: Source, content: bytes) -> Facts:
         async with self._decoding:
             return await asyncio.to_thread(examine, source.field, content)
@@ -289,6 +293,13 @@ def _keep(folder: Path, content: bytes, suffix: str) -> str:
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_whole(path, content)
     return str(path)
+
+
+def _drop_unused(folder: Path, moment: float) -> None:
+    for path in folder.glob("*/*"):
+        with contextlib.suppress(FileNotFoundError):
+            if path.stat().st_mtime < moment:
+                path.unlink()
 
 
 def _write_whole(path: Path, content: bytes) -> None:

@@ -386,9 +386,9 @@ class Mesh:
             case Progress() | Completed():
                 self._deliver(message.request_id, message)
             case Failed():
-                self._deliver(message.request_id, RequestFailed(message.request_id, message.code, message.reason))
+                self._fail(message, message.code)
             case Cancelled():
-                self._deliver(message.request_id, RequestFailed(message.request_id, "cancelled", message.reason))
+                self._fail(message, "cancelled")
 
     async def _welcomed(self, epoch: int) -> None:
         """Tell a scheduler that does not know us who we are and what we still want of it."""
@@ -436,6 +436,9 @@ class Mesh:
         async with self._changed:
             self.state = state
             self._changed.notify_all()
+
+    def _fail(self, news: Failed | Cancelled, code: str) -> None:
+        self._deliver(news.request_id, RequestFailed(news.request_id, code, news.reason, news.usage))
 
     def _see_status(self, status: Status) -> None:
         self._seen, self._seen_at = status, time.monotonic()

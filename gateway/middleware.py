@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.growing import BrokenOff
 from gateway.replies import CODES, error_reply
 from runtime.log import get_logger
 
@@ -41,6 +42,9 @@ class Envelope:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except BrokenOff as error:
+            # Leaving without an end makes the server close the connection.
+            log.warning("a stream broke off", path=scope["path"], trace=request_id, reason=str(error))
         except Exception:
             log.exception("a request failed", path=scope["path"], request_id=request_id)
             if status:

@@ -20,8 +20,8 @@ from runtime.sampling import SamplingParams
 
 SILENT_S = 5.0
 """A scheduler speaks once a second; after so long without a word its mesh does not count as ready."""
-SECRET = re.compile("key|secret|token|password|credential", re.IGNORECASE)
-"""Settings whose values are told to nobody."""
+SECRET = re.compile("key|secret|token|password|credential|webhook", re.IGNORECASE)
+"""Settings whose values are told to nobody; the URL of a webhook is often all that it takes to write to somebody."""
 HIDDEN = "***"
 
 

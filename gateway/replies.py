@@ -27,7 +27,7 @@ def video_object(job: Job) -> dict[str, Any]:
         "progress": job.progress,
         "created_at": int(job.created_at),
         "completed_at": None if job.completed_at is None else int(job.completed_at),
-        "expires_at": None,
+        "expires_at": None if job.expires_at is None else int(job.expires_at),
         "error": error_object(job) if job.error_code is not None else None,
         "prompt": params.prompt,
         "seconds": f"{params.num_frames / params.fps:g}",
@@ -48,7 +48,7 @@ def video_object(job: Job) -> dict[str, Any]:
 
 
 def usage_object(usage: Usage) -> dict[str, Any]:
-    """What a generation took of the mesh; zeros until it is completed. Memory is that of the fullest rank, in MiB."""
+    """What a generation took of the mesh; zeros until it has ended. Memory is that of the fullest rank, in MiB."""
     return {
         "queue_s": round(usage.queue_s, 6),
         "rank_seconds": round(usage.rank_seconds, 6),

@@ -97,6 +97,7 @@ class VideoCreate(Generation):
     )
     num_frames: Whole | None = None
     fps: Whole | None = None
+    webhook_url: str | None = Field(None, description="is sent video.completed, video.failed or video.cancelled")
     previews: Whole = Field(0, ge=0, le=20, description="pictures wanted while it is denoised, as `preview` events")
     input_reference: Picture = Field(None, description="the picture that the video starts from")
 

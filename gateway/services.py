@@ -9,8 +9,10 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from gateway.catalog import Catalog
+from gateway.delivery import Delivery
 from gateway.inputs import Inputs
 from gateway.jobs.runner import JobRunner
+from gateway.jobs.webhooks import Webhooks
 from gateway.metrics import Metrics
 from gateway.probe import Probe
 from runtime.config import Config
@@ -23,6 +25,8 @@ class Services:
     config: Config
     catalog: Catalog
     runner: JobRunner
+    webhooks: Webhooks
+    delivery: Delivery
     inputs: Inputs
     metrics: Metrics
     probe: Probe = field(default_factory=Probe)

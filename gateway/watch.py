@@ -80,7 +80,7 @@ class Watch:
             self._enter(stage)
 
     def _took(self, frames: Frames) -> None:
-        if not self._overtaken:
+        if self._stages.last not in {"decode", "deliver"}:
             self._enter("decode")
         if not self._has_frames:
             self._metrics.first_frame.labels(self._model).observe(self._seconds)

@@ -20,6 +20,8 @@ from runtime.layout import Heads, Layout, derive_layout
 Precision = Literal["fp16", "bf16", "fp32"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
+BUCKET_URL = re.compile(r"s3://[^/@?#\s]+(/[^?#\s]*)?")
+
 DEMO_MODEL = "demo"
 """The value of `model_path` that means the model shipped inside the package."""
 POSTGRES = ("postgresql://", "postgres://", "postgresql+psycopg://")
@@ -104,6 +106,16 @@ class Config:
     relative without it."""
     output_path: str = "outputs"
     """Folder for results and for the job store."""
+    output_store: str | None = None
+    """s3://bucket/prefix: finished files go there (endpoint and credentials: AWS_* variables); unset: output_path."""
+    output_redirect: bool = False
+    """Answer for a file in the bucket with a redirect to a signed URL of it; unset: the gateway passes the bytes on."""
+    keep_results_hours: float = 0.0
+    """Hours after its end that a job is removed with its files; 0 keeps it for ever."""
+    webhook_url: str | None = None
+    """Told of the end of every job, beside the webhook_url of the request."""
+    webhook_secret_file: str | None = None
+    """File (0600) of the secrets that sign webhooks, one whsec_… a line; unset: nobody may ask for webhooks."""
     database_url: str | None = field(default=None, repr=False)
     """PostgreSQL database of the jobs (postgresql://user:password@host/database), which several gateways may share;
     unset: an SQLite file in the output folder, for one gateway."""
@@ -197,12 +209,25 @@ def check_config(config: Config) -> None:
     for name in ("checkpoint_every_steps", "checkpoint_max_bytes", "drain_timeout"):
         if getattr(config, name) < 0:
             raise InvalidInput(name, f"{getattr(config, name)} is negative; take 0 or more")
+    _check_outputs(config)
     if config.batching_delay_ms < 0:
         raise InvalidInput("batching_delay_ms", f"{config.batching_delay_ms} is negative; it is a time in ms")
     for name in ("tile_sample_min_height", "tile_sample_min_width"):
         value = getattr(config.vae_config, name)
         if value is not None and value < 64:
             raise InvalidInput(f"vae_config.{name}", f"{value} is below the smallest tile of 64 pixels")
+
+
+def _check_outputs(config: Config) -> None:
+    if config.output_store is not None and not BUCKET_URL.fullmatch(config.output_store):
+        reason = f"{config.output_store!r} is not of the form s3://bucket/prefix; all else is in AWS_* variables"
+        raise InvalidInput("output_store", reason)
+    if not 0 <= config.keep_results_hours < float("inf"):
+        raise InvalidInput("keep_results_hours", f"{config.keep_results_hours} is no time; take 0 (for ever) or more")
+    if config.webhook_url is not None and not config.webhook_url.startswith(("http://", "https://")):
+        raise InvalidInput("webhook_url", f"{config.webhook_url!r} is not of the form https://host/path")
+    if config.webhook_url is not None and config.webhook_secret_file is None:
+        raise InvalidInput("webhook_url", "needs webhook_secret_file: webhooks are signed")
 
 
 def _check_parallel(config: Config) -> None:

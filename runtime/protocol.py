@@ -164,13 +164,13 @@ class Progress(Message, frozen=True):
 class Usage(msgspec.Struct, frozen=True):
     """What a request took of the mesh, as the scheduler that ended it saw it."""
 
-    queue_s: float = 0.0
+    queue_s: Seconds = 0.0
     """Seconds in line, all attempts together."""
-    rank_seconds: float = 0.0
+    rank_seconds: Seconds = 0.0
     """Measured seconds of its items times their ranks; a shared item is split evenly among its requests."""
-    attempts: int = 0
+    attempts: Times = 0
     """How often it was started."""
-    peak_memory_bytes: int = 0
+    peak_memory_bytes: Int63 = 0
     """Of the fullest rank while it ran; 0: not known."""
 
 
@@ -185,11 +185,13 @@ class Failed(Message, frozen=True):
     request_id: Id
     code: Word
     reason: str
+    usage: Usage = Usage()
 
 
 class Cancelled(Message, frozen=True):
     request_id: Id
     reason: str
+    usage: Usage = Usage()
 
 
 class MeshState(Message, frozen=True):

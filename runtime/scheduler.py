@@ -677,11 +677,12 @@ class Scheduler:
             completed = Completed(record.id, record.timings(now), record.usage(now))
             self._end(record, Stage.COMPLETED, completed, now)
         else:
-            self._end(record, Stage.CANCELLED, Cancelled(record.id, record.cancel_reason or ""), now)
+            cancelled = Cancelled(record.id, record.cancel_reason or "", record.usage(now))
+            self._end(record, Stage.CANCELLED, cancelled, now)
         return True
 
     def _fail(self, record: RequestRecord, code: str, reason: str, now: float) -> None:
-        self._end(record, Stage.FAILED, Failed(record.id, code, reason), now)
+        self._end(record, Stage.FAILED, Failed(record.id, code, reason, record.usage(now)), now)
 
     def _end(self, record: RequestRecord, stage: Stage, news: News, now: float) -> None:
         assert stage in ENDED

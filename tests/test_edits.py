@@ -123,7 +123,8 @@ def refusal(answer) -> tuple[int, str, str]:
 def client(taking):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        yield openai.OpenAI(base_url=f"{taking.url}/v1", api_key="none", max_retries=0)
+        with openai.OpenAI(base_url=f"{taking.url}/v1", api_key="none", max_retries=0) as client:
+            yield client
 
 
 def test_the_sdk_edits_one_picture(client, taking, fake):

@@ -267,7 +267,8 @@ def test_a_failed_item_ends_its_request_and_the_mesh_lives_on(stage):
     item = shared(ranks, Encode)
     ranks[0].send(ItemFailed(0, item.seq, "internal_error", "boom", group_broken=False))
     ranks[1].done(item)
-    assert gateway.expect(Failed) == Failed("r1", "internal_error", "boom")
+    failed = gateway.expect(Failed)
+    assert failed == Failed("r1", "internal_error", "boom", failed.usage)
     assert shared(ranks, Release).request_ids == ("r1",)
     gateway.send(Submit((request("r2"),)))
     assert shared(ranks, Encode).requests[0].id == "r2"

@@ -561,6 +561,7 @@ def test_an_idempotency_key_never_runs_twice(gateway, fake):
     assert post("b").json()["id"] != first["id"]
     refused = post("a", num_frames=5)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "Idempotency-Key")
+    gateway.wait(post("b").json()["id"])
     assert len(fake.submitted) == 2
 
 

@@ -89,6 +89,7 @@ def test_a_failure_is_counted_by_its_code(gateway, fake):
     fake.failures["denoise:1"] = ("out_of_memory", "too large")
     video = gateway.wait(gateway.create(), "failed")
     assert video["finished_reason"] == "out_of_memory"
+    assert video["usage"] == {"queue_s": 0.1, "rank_seconds": 0.7, "attempts": 3, "peak_memory_mb": 4.8}
     seen = Scraped(gateway)
     assert seen("requests_total", model="demo", finished_reason="out_of_memory") == 1
     assert seen("e2e_request_latency_seconds_count", model="demo") in {None, 0}
@@ -134,7 +135,7 @@ def test_the_video_says_what_it_took(gateway, fake):
 
 def test_what_the_mesh_counts(gateway, fake):
     spread = Buckets((0.1, 0.2), (3, 4, 5), 6.5)
-    fake.totals = Totals(spread, spread, {"decode": spread}, {"one": 12.5, PROBE_ACCOUNT: 99.0})
+    fake.totals = Totals(spread, spread, {"decode": spread}, {"one": 12.5, "": 1.5, PROBE_ACCOUNT: 99.0})
     seen, mesh = Scraped(gateway), {"model": "demo", "mesh": "0"}
     for name, labels in (
         ("denoise_step_seconds", mesh),
@@ -144,7 +145,8 @@ def test_what_the_mesh_counts(gateway, fake):
         counts = [seen(f"{name}_bucket", le=le, **labels) for le in ("0.1", "0.2", "+Inf")]
         assert (counts, seen(f"{name}_count", **labels), seen(f"{name}_sum", **labels)) == ([3, 7, 12], 12, 6.5)
     assert seen("rank_seconds_total", account="one", **mesh) == 12.5
-    assert len(seen.labels("rank_seconds_total")) == 1, "probes are charged to nobody"
+    assert seen("rank_seconds_total", account="(anonymous)", **mesh) == 1.5
+    assert len(seen.labels("rank_seconds_total")) == 2, "probes are charged to nobody"
     assert [seen("worker_up", rank=str(rank), **mesh) for rank in range(2)] == [1, 1]
     memory = [seen("worker_memory_bytes", rank="1", of=of, **mesh) for of in ("held", "budget", "peak")]
     assert memory == [10, 100, 1000]
@@ -192,7 +194,8 @@ def test_however_many_look_the_scheduler_is_asked_at_most_twice_a_second(gateway
     assert 1 <= fake.looks <= 2 + 2 * (time.monotonic() - began)
 
 
-def test_a_scheduler_that_does_not_answer_delays_nobody_for_long(gateway, fake):
+def test_a_scheduler_that_does_not_answer_delays_nobody_for_long(gateway, fake, monkeypatch):
+    monkeypatch.setattr("gateway.mesh.LOOK_S", 0.2)
     gateway.wait(gateway.create())
     fake.blind = True
     seen = Scraped(gateway)

@@ -271,7 +271,8 @@ def test_a_queued_request_is_cancelled_by_its_beginning(live):
     gateway = live.gateway("video_1a", "video_2b")
     until(observer, lambda status: status.queued)
     assert observer.cancel("video_2", "why not") == ("video_2b", True)
-    assert gateway.wait_for(Cancelled) == Cancelled("video_2b", "why not")
+    cancelled = gateway.wait_for(Cancelled)
+    assert cancelled == Cancelled("video_2b", "why not", cancelled.usage)
     gateway.channel.send(Submit((Request("video_1c", CARD.check(SamplingParams(prompt="a", seed=1))),)))
     until(observer, lambda status: len(status.jobs) == 2)
     with pytest.raises(InvalidInput, match="the beginning of several"):
@@ -289,7 +290,8 @@ def test_a_running_request_ends_with_its_item(live, monkeypatch):
     assert observer.cancel("a", "why not") == ("a", False)
     assert observer.look().jobs[0].cancelling
     finish(workers, encode, 0.1)
-    assert gateway.wait_for(Cancelled) == Cancelled("a", "why not")
+    cancelled = gateway.wait_for(Cancelled)
+    assert cancelled == Cancelled("a", "why not", cancelled.usage)
     assert observer.look().jobs == ()
 
 

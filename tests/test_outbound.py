@@ -309,9 +309,14 @@ def test_tls_verifies_the_name_not_the_address(certificate, names):
     server, trusting = certificate
     names["good.test"] = names["other.test"] = [["127.0.0.1"]]
     with Receiver(tls=server) as receiver:
-        assert get(f"https://good.test:{receiver.port}/", tls=trusting).status_code == 200
-        with pytest.raises(httpx2.ConnectError, match=r"other\.test"):
-            get(f"https://other.test:{receiver.port}/", tls=trusting)
+
+        async def both() -> None:
+            async with client(allow_private=True, timeout_s=10, max_bytes=100, tls=trusting) as http:
+                assert (await http.get(f"https://good.test:{receiver.port}/")).status_code == 200
+                with pytest.raises(httpx2.ConnectError, match=r"other\.test"):
+                    await http.get(f"https://other.test:{receiver.port}/")
+
+        asyncio.run(both())
         with pytest.raises(httpx2.ConnectError, match="certificate"):
             get(f"https://good.test:{receiver.port}/")
         assert len(receiver.received) == 1

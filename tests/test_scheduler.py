@@ -27,6 +27,7 @@ from runtime.protocol import (
     Progress,
     Release,
     SavedState,
+    Usage,
 )
 from runtime.scheduler import ITEM_SECONDS, MAX_ACTIVE
 
@@ -552,7 +553,7 @@ def test_a_timeout_ends_queued_work_on_time(mesh):
     assert mesh.ends == {}
     mesh.now = 5.0
     mesh.settle()
-    assert mesh.ends == {"a": Cancelled("a", "its timeout of 5 s passed in the queued stage")}
+    assert mesh.ends == {"a": Cancelled("a", "its timeout of 5 s passed in the queued stage", Usage(queue_s=5.0))}
     assert mesh.scheduler.next_deadline() == 9.0
 
 
@@ -756,7 +757,7 @@ def test_cancel_of_running_work_ends_after_its_item_with_a_release(mesh, kind):
     assert mesh.ends == {}
     assert len(mesh.items) == before
     mesh.finish(item)
-    assert mesh.ends == {"a": Cancelled("a", "why not")}
+    assert mesh.ends == {"a": Cancelled("a", "why not", mesh.ends["a"].usage)}
     assert [ids_of(later) for later in mesh.items[before:]] == [("a",)]
     assert isinstance(mesh.items[-1], Release)
     mesh.run()
@@ -793,7 +794,7 @@ def test_a_failed_item_of_one_request_ends_it_when_every_rank_reported(mesh):
     mesh.report(0, item.seq, ("internal_error", "boom"))
     assert mesh.ends == {}
     mesh.report(1, item.seq)
-    assert mesh.ends == {"a": Failed("a", "internal_error", "boom")}
+    assert mesh.ends == {"a": Failed("a", "internal_error", "boom", mesh.ends["a"].usage)}
     assert [ids_of(later) for later in mesh.items_of(Release)] == [("a",)]
     mesh.run()
     assert isinstance(mesh.ends["b"], Completed)
@@ -814,7 +815,7 @@ def test_a_failed_encode_is_repeated_one_by_one(mesh):
         while mesh.gateways[b"g"].inbox:
             mesh.consume(b"g")
     assert [ids_of(item) for item in mesh.items_of(Encode)][:2] == [("a", "b"), ("a",)]
-    assert mesh.ends["b"] == Failed("b", "internal_error", "boom")
+    assert mesh.ends["b"] == Failed("b", "internal_error", "boom", mesh.ends["b"].usage)
     mesh.run()
     assert {type(mesh.ends[name]) for name in "ac"} == {Completed}
 
@@ -1133,7 +1134,7 @@ def test_a_lost_gateways_requests_end_after_a_while_and_no_others():
     assert mesh.states["a"].steps == 6
     mesh.now = mesh.scheduler.next_deadline()
     mesh.settle()
-    assert mesh.ends["a"] == Cancelled("a", "its gateway is gone")
+    assert mesh.ends["a"] == Cancelled("a", "its gateway is gone", mesh.ends["a"].usage)
     assert mesh.states == {}
 
 

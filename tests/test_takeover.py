@@ -215,17 +215,20 @@ def test_a_gateway_that_cannot_renew_leaves_its_jobs_and_its_readers_hear_the_re
 
 
 def test_a_gateway_alone_takes_its_jobs_up_again_when_the_database_is_back(pair, fake, monkeypatch):
+    """A chunk that its reader has heard of comes again, and is not told again."""
     alone, other = pair
     other.close()
-    fake.held = {"denoise:2"}
+    fake.held = {"decode:2"}
     video_id = alone.create()
-    fake.wait_for("denoise:2")
+    fake.wait_for("decode:2")
     healed = cannot_renew(monkeypatch, alone)
     with following(alone, video_id) as told:
+        eventually(lambda: frames_of(told))
         eventually(lambda: working_on(alone) == set(), PATIENCE_S)
         fake.release()
         healed.set()
     assert names(told)[-1] == "done"
+    assert frames_of(told) == list(range(FRAMES))
     assert fake.completed == [video_id]
 
 

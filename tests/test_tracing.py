@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
 import pytest
 import structlog
 from opentelemetry import trace
@@ -11,7 +12,11 @@ from opentelemetry.trace import NonRecordingSpan, SpanContext, StatusCode, Trace
 from served import eventually
 from starlette.requests import Request
 
+from gateway.mesh import Frames
+from gateway.metrics import Metrics
 from gateway.tracing import traceparent
+from gateway.watch import Watch
+from runtime.protocol import Progress
 
 TRACE_ID = "4bf92f3577b34da6a3ce929d0e0e4736"
 PARENT = f"00-{TRACE_ID}-00f067aa0ba902b7-01"
@@ -131,6 +136,32 @@ def test_a_span_for_the_generation_and_one_for_each_stage(gateway, recorder):
     assert [span.start for span in stages] == [whole.start] + [span.end for span in stages[:-1]]
     assert stages[-1].end == whole.end
     assert all(span.start <= span.end for span in stages)
+
+
+def test_frames_and_news_that_overtake_each_other_make_no_stage_twice(recorder):
+    def frames(first):
+        return Frames(first, 3, np.zeros((1, 2, 2, 3), np.uint8), {})
+
+    def news(stage):
+        return Progress("a", stage, 1, 2, 0.5)
+
+    with Watch(Metrics(), "demo", "a") as seen:
+        for event in (
+            news("denoise"),
+            frames(0),
+            news("denoise"),
+            news("decode"),
+            news("deliver"),
+            frames(1),
+            frames(2),
+        ):
+            seen(event)
+    assert [span.name for span in recorder.spans] == ["generate", "queued", "denoise", "decode", "deliver"]
+    with Watch(Metrics(), "demo", "b") as seen:
+        for event in (news("decode"), frames(0), news("queued"), news("encode"), news("denoise"), frames(1)):
+            seen(event)
+    again = [span.name for span in recorder.spans[5:]]
+    assert again == ["generate", "queued", "decode", "queued", "encode", "denoise", "decode"], "a restart is told"
 
 
 def test_the_span_of_a_failure_says_so(gateway, fake, recorder):

@@ -130,6 +130,7 @@ def test_the_sum_over_all_requests_is_the_time_that_ranks_were_busy(script, num_
     mesh.run()
     assert mesh.scheduler.idle
     assert sum(record.rank_seconds for record in mesh.records.values()) == pytest.approx(mesh.busy)
+    assert sum(end.usage.rank_seconds for end in mesh.ends.values()) == pytest.approx(mesh.busy), "whatever the end"
     assert sum(mesh.scheduler.tally.rank_seconds.values()) == pytest.approx(mesh.busy)
     completed = {one: end for one, end in mesh.ends.items() if isinstance(end, Completed)}
     for one, end in completed.items():

@@ -17,11 +17,13 @@ import msgspec
 from sqlalchemy.exc import SQLAlchemyError
 
 from gateway.catalog import Catalog, Model
+from gateway.jobs.bucket import StorageFailed
 from gateway.jobs.database import StoreUnavailable
 from gateway.jobs.keeper import Keeper, Lost
 from gateway.jobs.mirror import Mirror
 from gateway.jobs.outputs import Outputs, Recording
 from gateway.jobs.store import Asked, Job, JobStore, Order, Page, Status, fingerprint
+from gateway.jobs.webhooks import Webhooks
 from gateway.media.stills import preview_still
 from gateway.mesh import DRAINING, Frames, Preview
 from gateway.metrics import Metrics
@@ -31,7 +33,7 @@ from gateway.tracing import traced
 from gateway.watch import Watch
 from runtime.errors import InvalidInput, NotReady, RequestFailed
 from runtime.log import get_logger
-from runtime.protocol import Completed, Progress, Request
+from runtime.protocol import Completed, Progress, Request, Usage
 from runtime.sampling import ResolvedParams, Terms
 
 SAVE_EVERY_S = 0.25
@@ -70,11 +72,22 @@ class LiveJob:
 class JobRunner:
     """Owns every running job's task, files and events."""
 
-    def __init__(self, catalog: Catalog, store: JobStore, outputs: Outputs, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        store: JobStore,
+        outputs: Outputs,
+        metrics: Metrics,
+        webhooks: Webhooks,
+        keep_s: float = 0.0,
+    ) -> None:
+        """`keep_s`: how long a job is kept after its end; 0 is for ever."""
         self._catalog = catalog
         self._store = store
         self.outputs = outputs
         self._metrics = metrics
+        self._webhooks = webhooks
+        self._keep_s = keep_s
         self._live: dict[str, LiveJob] = {}
         self._accepting: set[str] = set()
         self._mirrors: dict[str, Mirror] = {}
@@ -115,6 +128,7 @@ class JobRunner:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(model.mesh.wait_model(), MODEL_PATIENCE_S)
         request = await asyncio.to_thread(model.mesh.request, job.id, params, terms, previews=asked.previews)
+        request = msgspec.structs.replace(request, images=asked.images)
         self._accepting.add(job.id)
         try:
             stored = await self._store.insert(job)
@@ -131,7 +145,6 @@ class JobRunner:
     async def resume(self) -> None:
         """Take up what an earlier process left unfinished, under the same ids, and from now on what other gateways
         leave; it runs when the model is loaded."""
-        self.outputs.open()
         await self._keeper.claim()
         self._tasks.append(asyncio.create_task(self._keeper.run(), name="keeper of the jobs"))
 
@@ -150,7 +163,7 @@ class JobRunner:
     async def take_up(self, job: Job) -> None:
         """Go on with a job that was accepted before; its frames come again from the first one."""
         model = self._catalog.get(job.model)
-        output_file = await asyncio.to_thread(_recover, self.outputs, job.id)
+        output_file = await self._recover(job)
         if job.cancel_requested is not None:
             await self._end_unstarted(job, "cancelled", error_code="cancelled", error_message=job.cancel_requested)
         elif output_file is not None:
@@ -166,6 +179,19 @@ class JobRunner:
         else:
             again = {"status": "queued", "stage": "queued", "progress": 0, "step": 0, "frames_done": 0}
             self._start(msgspec.structs.replace(job, **again), model, None)
+
+    async def _recover(self, job: Job) -> str | None:
+        """Clear away the half of a video that an earlier process left; the name of the file if it left a whole one.
+
+        If nobody can tell, it is made again.
+        """
+        await asyncio.to_thread(self.outputs.fragments(job.id).unlink, missing_ok=True)
+        name = self.outputs.final(job.id).name
+        try:
+            return name if await self.outputs.recover(job.id, name) else None
+        except (StorageFailed, RequestFailed) as error:
+            log.warning("a finished file was not looked for", job=job.id, reason=str(error))
+            return None
 
     async def _end_unstarted(self, job: Job, status: Status, **columns: Any) -> None:
         with contextlib.suppress(Lost):
@@ -183,7 +209,7 @@ class JobRunner:
         """The job's row, if there is one."""
         row = await self._store.get(job_id)
         if row is None or row.status in {"cancelled", "failed"}:
-            await asyncio.to_thread(self.outputs.delete, job_id)
+            await self.outputs.clear(job_id)
         return row
 
     def _leave(self, live: LiveJob) -> None:
@@ -277,25 +303,27 @@ class JobRunner:
         until, asked = time.monotonic() + CANCEL_PATIENCE_S, False
         columns = {"error_code": "cancelled", "error_message": reason}
         while (job := await self._store.get(job_id)) is not None and not job.finished:
-            if await self._end_unowned(job_id, columns) or time.monotonic() > until:
+            if await self._end_unowned(job, columns) or time.monotonic() > until:
                 return
             if not asked:
                 await self._store.request_cancel(job_id, reason)
             asked = True
             await asyncio.sleep(CANCEL_POLL_S)
 
-    async def _end_unowned(self, job_id: str, columns: dict[str, Any]) -> bool:
-        ended = await self._store.end_unowned(job_id, status="cancelled", completed_at=time.time(), **columns)
+    async def _end_unowned(self, job: Job, columns: dict[str, Any]) -> bool:
+        also = self._webhooks.announcing(job, "cancelled")
+        ended = await self._store.end_unowned(job.id, also=also, **self._ending("cancelled"), **columns)
         if ended:
-            await asyncio.to_thread(self.outputs.delete, job_id)
-            await self._forget_elsewhere(job_id)
+            self._webhooks.wake()
+            await self.outputs.clear(job.id)
+            await self._forget_elsewhere(job.id)
         return ended
 
     async def delete(self, job_id: str) -> None:
         """Cancel a job if it runs, then remove it with its files."""
         await self.cancel(job_id, "deleted by the client")
         await self._store.delete(job_id)
-        await asyncio.to_thread(self.outputs.delete, job_id)
+        await self.outputs.delete(job_id)
 
     async def close(self) -> None:
         """Stop every task. Jobs that were running stay unfinished in the store, for whoever comes next."""
@@ -358,7 +386,8 @@ class JobRunner:
             if error.code == DRAINING:
                 await self._give_back(live, error.reason)
             status: Status = "cancelled" if error.code == "cancelled" else "failed"
-            await self._end_live(live, status, error_code=error.code, error_message=error.reason)
+            told = {"error_code": error.code, "error_message": error.reason, "usage": error.usage or Usage()}
+            await self._end_live(live, status, **told)
         else:
             measured = {"timings": done.timings, "usage": done.usage}
             await self._end_live(live, "completed", progress=100, output_file=output_file, **measured)
@@ -391,10 +420,10 @@ class JobRunner:
             request = await asyncio.to_thread(
                 mesh.request, job.id, job.params, job.terms, resumed=True, previews=job.asked.previews
             )
-        request = msgspec.structs.replace(traced(request, job.asked), images=job.asked.images)
+            request = msgspec.structs.replace(request, images=job.asked.images)
         output_file = ""
         with contextlib.closing(Recording(self.outputs, live.job)) as recording:
-            async with contextlib.aclosing(mesh.run(request, resumed=resumed)) as events:
+            async with contextlib.aclosing(mesh.run(traced(request, job.asked), resumed=resumed)) as events:
                 async for event in events:
                     seen(event)
                     match event:
@@ -409,6 +438,7 @@ class JobRunner:
                                 # Going back for the next event tells the mesh that the video is stored.
                                 with self._metrics.encoding():
                                     output_file = await _in_thread(recording.finish)
+                                await self.outputs.keep(job.id, output_file)
                         case Completed():
                             assert output_file, "completed before the last frame was stored"
                             return event, output_file
@@ -503,8 +533,9 @@ class JobRunner:
 
     async def _end(self, job: Job, status: Status, **columns: Any) -> Job:
         """Store how it ended; the job as it is then. If the store has another ending already, that one stands."""
-        columns |= {"status": status, "completed_at": time.time()}
-        changed = await self._store.update(job.id, **columns)
+        columns |= self._ending(status)
+        changed = await self._store.update(job.id, also=self._webhooks.announcing(job, status), **columns)
+        self._webhooks.wake()
         ended = msgspec.structs.replace(job, eta_s=None, queue_position=None, **columns)
         if not changed:
             row = await self._store.get(job.id)
@@ -512,20 +543,18 @@ class JobRunner:
                 await self._lost(job.id)
             ended = row or ended
         if ended.status != "completed":
-            await asyncio.to_thread(self.outputs.delete, job.id)
+            await self.outputs.clear(job.id)
         return ended
+
+    def _ending(self, status: Status) -> dict[str, Any]:
+        """The columns that every end has."""
+        now = time.time()
+        return {"status": status, "completed_at": now, "expires_at": now + self._keep_s if self._keep_s else None}
 
 
 def new_video_id() -> str:
     """Ordered by time, and not to be guessed from another one."""
     return f"video_{time.time_ns():016x}{secrets.token_hex(8)}"
-
-
-def _recover(outputs: Outputs, job_id: str) -> str | None:
-    """Clear away the half of a video that an earlier process left; the name of the file if it left a whole one."""
-    outputs.fragments(job_id).unlink(missing_ok=True)
-    final = outputs.final(job_id)
-    return final.name if final.exists() else None
 
 
 async def _in_thread(work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:

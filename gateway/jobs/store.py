@@ -10,15 +10,16 @@ import hashlib
 import os
 import secrets
 import socket
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence, Set
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import msgspec
 from sqlalchemy import (
     URL,
     Column,
     ColumnElement,
+    Connection,
     Executable,
     Float,
     Integer,
@@ -53,6 +54,8 @@ MAX_OWNER_CHARS = 128
 OF_ONE_CALL = ("request_id", "traceparent")
 """Of what was asked: not the same when it is asked again."""
 
+T = TypeVar("T")
+
 
 class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """What a client wants of the gateway itself; nothing of it reaches a rank's arithmetic."""
@@ -65,6 +68,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     safety_identifier: str | None = None
     remixed_from: str | None = None
     """The video whose parameters were taken over."""
+    webhook_url: str | None = None
+    """Who is told of the job's end."""
     images: tuple[str, ...] = ()
     """Files of the pictures that it starts from."""
     attached: bool = False
@@ -96,12 +101,13 @@ class Job(msgspec.Struct, frozen=True, kw_only=True):
     timings: dict[str, float] = {}
     """Seconds per stage, once it is completed."""
     usage: Usage = Usage()
-    """Likewise."""
+    """Once it has ended."""
     output_file: str | None = None
+    expires_at: float | None = None
+    """When it is removed with its files; None: never."""
     idempotency_key: str | None = None
     fingerprint: str | None = None
     """What tells another request under the same key; see `fingerprint()`."""
-    expires_at: float | None = None
     cancel_requested: str | None = None
     """The reason that another gateway than the owner was given."""
     eta_s: float | None = None
@@ -224,9 +230,14 @@ class JobStore:
         found = await self._select(query)
         return found[0] if found else None
 
-    async def update(self, job_id: str, **columns: Any) -> bool:
-        """Change an unfinished job of ours; False, and nothing is changed, if it is finished, not ours or unknown."""
-        return await self._changes(update(_table).where(_columns.id == job_id, self._ours()).values(_encode(columns)))
+    async def update(self, job_id: str, *, also: Sequence[Executable] = (), **columns: Any) -> bool:
+        """Change an unfinished job of ours; False, and nothing is changed, if it is finished, not ours or unknown.
+
+        Args:
+            also: executed in the same transaction if the job is changed.
+        """
+        statement = update(_table).where(_columns.id == job_id, self._ours()).values(_encode(columns))
+        return await self._changes(statement, also)
 
     async def list(
         self, after: str | None = None, limit: int = 20, order: Order = "desc", account: str | None = None
@@ -243,6 +254,20 @@ class JobStore:
     async def delete(self, job_id: str) -> bool:
         """False if there is no such job."""
         return await self._changes(delete(_table).where(_columns.id == job_id))
+
+    async def expired(self, moment: float, limit: int) -> Sequence[str]:
+        """Ids of jobs that were to be kept until then at most."""
+        query = select(_columns.id).where(_columns.expires_at <= moment).order_by(_columns.expires_at).limit(limit)
+        return await self.transact(lambda connection: connection.scalars(query).all())
+
+    async def known(self, job_ids: Collection[str]) -> Set[str]:
+        """Those of some ids that are jobs."""
+        query = select(_columns.id).where(_columns.id.in_(job_ids))
+        return await self.transact(lambda connection: set(connection.scalars(query)))
+
+    async def transact(self, work: Callable[[Connection], T]) -> T:
+        """Do something in one transaction, with the tables of others too; it must bear repeating."""
+        return await self._database.run(work)
 
     # ---- who works on them -----------------------------------------------------------------------------------
 
@@ -294,10 +319,14 @@ class JobStore:
         where = and_(_columns.id == job_id, _unfinished())
         await self._changes(update(_table).where(where).values(cancel_requested=reason))
 
-    async def end_unowned(self, job_id: str, **columns: Any) -> bool:
-        """Change an unfinished job that nobody works on; False if somebody does, or it is finished or unknown."""
+    async def end_unowned(self, job_id: str, *, also: Sequence[Executable] = (), **columns: Any) -> bool:
+        """Change an unfinished job that nobody works on; False if somebody does, or it is finished or unknown.
+
+        Args:
+            also: as for `update`.
+        """
         where = and_(_columns.id == job_id, _unfinished(), self._free())
-        return await self._changes(update(_table).where(where).values(_encode(columns)))
+        return await self._changes(update(_table).where(where).values(_encode(columns)), also)
 
     def _lease(self) -> ColumnElement[float]:
         return self._database.now() + self.lease_s
@@ -325,9 +354,14 @@ class JobStore:
             rows = sorted(rows, key=lambda row: row["seq"])
         return [_from_row(row) for row in rows]
 
-    async def _changes(self, statement: Executable) -> bool:
-        count = await self._database.run(lambda connection: connection.execute(statement).rowcount)
-        return count > 0
+    async def _changes(self, statement: Executable, also: Sequence[Executable] = ()) -> bool:
+        def change(connection: Connection) -> bool:
+            changed = connection.execute(statement).rowcount > 0
+            for more in also if changed else ():
+                connection.execute(more)
+            return changed
+
+        return await self._database.run(change)
 
 
 def fingerprint(job: Job, drawn_seed: bool) -> str:

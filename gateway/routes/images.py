@@ -8,11 +8,9 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import re
 import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from fastapi import APIRouter, Request
@@ -34,8 +32,6 @@ from runtime.log import get_logger
 from runtime.protocol import Progress
 from runtime.protocol import Request as Generation
 from runtime.sampling import check_terms
-
-IMAGE_ID = re.compile(r"image_[0-9a-f]+")
 
 router = APIRouter(prefix="/v1/images")
 log = get_logger("images")
@@ -80,13 +76,11 @@ async def edit(request: Request, here: Here) -> Response:
 
 
 @router.get("/{image_id}/content", name="image_content", response_class=FileResponse)
-async def content(image_id: str, request: Request) -> Response:
-    folder = _folder(request)
-    found = sorted(folder.glob(f"{image_id}.*")) if IMAGE_ID.fullmatch(image_id) else []
-    if not found:
+async def content(image_id: str, request: Request, here: Here) -> Response:
+    found = await here.runner.outputs.image(image_id)
+    if found is None:
         raise InvalidInput("image_id", f"there is no image {image_id!r}", code="image_not_found")
-    media_type = f"image/{found[0].suffix.removeprefix('.')}"
-    return FileResponse(found[0], media_type=media_type, filename=found[0].name, content_disposition_type="inline")
+    return await here.delivery.send(found, request)
 
 
 def _refuse_idempotency(request: Request) -> None:
@@ -125,11 +119,11 @@ async def _answer(call: Call) -> Response:
         return event_stream(_tell(call, generation))
     try:
         pictures = await unless_client_leaves(call.request, make_all(call.commission))
+        entries = [await _entry(call, picture) for picture in pictures or ()]
     except RequestFailed as error:
         return failure_reply(error.code, error.reason)
     if pictures is None:
         return Response(status_code=CLIENT_LEFT)
-    entries = [await _entry(call, picture) for picture in pictures]
     answer = {"created": call.created, "data": entries} | _described(call) | await _summed(call, pictures)
     return reply(answer)
 
@@ -194,16 +188,7 @@ async def _entry(call: Call, picture: Picture) -> dict[str, Any]:
     known = {"id": picture.id, "seed": picture.seed, "timings": picture.timings, "usage": usage_object(picture.usage)}
     if call.body.response_format == "b64_json":
         return {"b64_json": (await asyncio.to_thread(base64.b64encode, picture.file)).decode()} | known
-    path = _folder(call.request) / f"{picture.id}.{call.body.output_format}"
-    await asyncio.to_thread(_write, path, picture.file)
+    outputs, call_url = services(call.request).runner.outputs, call.request.app.url_path_for
+    await outputs.keep_image(picture.id, f".{call.body.output_format}", picture.file)
     base = services(call.request).config.public_url or ""
-    return {"url": base.rstrip("/") + call.request.app.url_path_for("image_content", image_id=picture.id)} | known
-
-
-def _write(path: Path, file: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(file)
-
-
-def _folder(request: Request) -> Path:
-    return Path(services(request).config.output_path) / "images"
+    return {"url": base.rstrip("/") + call_url("image_content", image_id=picture.id)} | known

@@ -12,13 +12,14 @@ from typing import Annotated, Any, Literal
 import msgspec
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, Response, StreamingResponse
 
 from gateway.auth import account
 from gateway.body import discard_body, read_body
 from gateway.connection import CLIENT_LEFT, unless_client_leaves
-from gateway.jobs.outputs import VIDEO_ID
-from gateway.jobs.runner import JobRunner
+from gateway.growing import open_when_begun, stream_growing
+from gateway.jobs.bucket import Stored
+from gateway.jobs.outputs import VIDEO_ID, Outputs
 from gateway.jobs.store import Asked, Job, Order
 from gateway.middleware import request_id
 from gateway.replies import error_reply, failure_reply, reply, video_object
@@ -72,7 +73,7 @@ async def sync(request: Request, here: Here) -> Response:
     finally:
         # Unless it has ended, nobody waits for it any more.
         await here.runner.cancel(job.id, "the client left")
-    return Response(status_code=CLIENT_LEFT) if ended is None else _made(ended, here.runner)
+    return Response(status_code=CLIENT_LEFT) if ended is None else await _made(ended, request, here)
 
 
 @router.post("/edits")
@@ -110,9 +111,28 @@ async def retrieve(job: Existing) -> Response:
 
 
 @router.get("/{video_id}/content", response_class=FileResponse)
-async def content(job: Existing, here: Here, variant: Literal["video"] = "video") -> Response:
-    path = _finished_file(job, here.runner)
-    return FileResponse(path, media_type="video/mp4", filename=path.name, content_disposition_type="inline")
+async def content(job: Existing, request: Request, here: Here, variant: Literal["video"] = "video") -> Response:
+    return await here.delivery.send(await _finished_file(job, here.runner.outputs), request)
+
+
+@router.get("/{video_id}/stream.mp4", response_class=StreamingResponse)
+async def stream(job: Existing, request: Request, here: Here) -> Response:
+    """The video while it is made: a fragmented MP4 from its first decoded frames on, all of it for who comes late.
+
+    The answer begins with the first frames. A job that fails before them is an error, one that fails later closes the
+    connection. Of a job that has ended it is the finished file. Leaving cancels nothing.
+    """
+    log = here.runner.follow(job)
+    if log is None:
+        return await here.delivery.send(await _finished_file(job, here.runner.outputs), request)
+    begun = open_when_begun(log, here.runner.outputs.fragments(job.id))
+    file = await unless_client_leaves(request, begun)
+    if file is not None:
+        return stream_growing(file, log)
+    ended = await unless_client_leaves(request, here.runner.wait(job.id))
+    if ended is None:
+        return Response(status_code=CLIENT_LEFT)
+    return await here.delivery.send(await _finished_file(ended, here.runner.outputs), request)
 
 
 @router.get("/{video_id}/events", response_class=EventSourceResponse)
@@ -170,6 +190,7 @@ async def _submit(request: Request, here: Services, body: VideoCreate, idempoten
         user=body.user,
         safety_identifier=body.safety_identifier,
         images=kept.images,
+        webhook_url=await here.webhooks.accept(body.webhook_url),
     )
     asked = msgspec.structs.replace(asked, **more)
     drawn_seed = body.seed is None
@@ -181,28 +202,28 @@ def _no_video_input() -> Response:
     return error_reply(400, message, None, "video_input_not_supported")
 
 
-def _made(job: Job, runner: JobRunner) -> Response:
+async def _made(job: Job, request: Request, here: Services) -> Response:
     """To a call that waited for a job: its video, or why there is none."""
     headers = {"x-video-id": job.id, "x-seed": str(job.params.seed)}
     if job.status == "completed":
         headers["x-timings"] = msgspec.json.encode(job.timings).decode()
-        path = _finished_file(job, runner)
-        answer: Response = FileResponse(path, media_type="video/mp4", filename=path.name)
+        found = await _finished_file(job, here.runner.outputs)
+        answer = await here.delivery.send(found, request, may_redirect=False)
     else:
         answer = failure_reply(job.error_code or job.status, job.error_message or "it ended without a video")
     answer.headers.update(headers)
     return answer
 
 
-def _finished_file(job: Job, runner: JobRunner) -> Path:
+async def _finished_file(job: Job, outputs: Outputs) -> Path | Stored:
     if job.status != "completed":
         reason = job.error_message or f"it is {job.status.replace('_', ' ')}"
         code = f"video_{job.status}" if job.finished else "video_not_ready"
         raise InvalidInput("video_id", f"{job.id} has no content: {reason}", code=code)
-    path = runner.outputs.final(job.id)
-    if not path.is_file():
+    found = await outputs.video(job.output_file or outputs.final(job.id).name)
+    if found is None:
         raise InvalidInput("video_id", f"the file of {job.id} was removed", code="video_not_found")
-    return path
+    return found
 
 
 def _poll_after_ms(eta_s: float | None) -> int:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from alembic import context
 
-from gateway.jobs.store import METADATA
+# The module that imports those of all other tables.
+from gateway.jobs.deliveries import TABLE
 
-context.configure(connection=context.config.attributes["connection"], target_metadata=METADATA)
+context.configure(connection=context.config.attributes["connection"], target_metadata=TABLE.metadata)
 with context.begin_transaction():
     context.run_migrations()
