@@ -65,6 +65,14 @@ HTTP_ONLY = frozenset(
         "max_queue",
         "max_pixels",
         "lenient",
+        "public_url",
+        "enable_metrics",
+        "allow_private_urls",
+        "output_store",
+        "output_redirect",
+        "keep_results_hours",
+        "webhook_url",
+        "webhook_secret_file",
     }
 )
 """Settings of the HTTP server, which `generate` does not start."""
