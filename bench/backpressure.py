@@ -44,6 +44,7 @@ BIG = SamplingParams(
 NORMAL = SamplingParams(prompt="a blue square moving left", num_inference_steps=20, num_frames=17, seed=2)
 SAMPLE_S = 0.25
 MIB = 1 << 20
+PICTURE = Path(__file__).parent.parent / "docs" / "backpressure.png"
 
 
 @dataclass
@@ -93,6 +94,29 @@ def main() -> None:
             print(pace, {name: value for name, value in figures[pace].items() if name != "rss_mib"})
     else:
         save("backpressure", where, figures)
+        with contextlib.suppress(ImportError):
+            plot(figures, PICTURE)
+
+
+def plot(figures: dict[str, Any], path: Path) -> None:
+    """Resident memory over all rounds of a pace, of the process with both gateways and of the rank that decodes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3.2), constrained_layout=True)
+    for one, name in zip(axes, ("gateways", "rank 0"), strict=True):
+        for pace in ("alone", *PACES):
+            samples = [sample for round_ in figures[pace]["rss_mib"] for sample in round_]
+            one.plot([SAMPLE_S * n for n in range(len(samples))], [s[name] for s in samples], linewidth=1, label=pace)
+        one.set_title(f"{name}, MiB")
+        one.set_xlabel("seconds of that pace, all rounds")
+        one.set_ylim(bottom=0)
+        one.grid(alpha=0.3)
+    axes[1].legend(fontsize=7)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
 
 
 async def _run(count: int, requests: int) -> list[Round]:

@@ -77,14 +77,25 @@ def main() -> int:
 
 
 async def serve(config: Config, card: Card, scheduler: str, frames: str) -> None:
-    """Until a signal."""
+    """Until a signal.
+
+    Raises:
+        StartFailed: it did not come up, for a reason that its operator can do something about.
+    """
     listening = listen(config.host, config.port)
-    store = JobStore(URL.create("sqlite", database=str(Path(config.output_path) / "jobs.sqlite3")))
+    store = JobStore(store_url(config), lease_s=config.job_lease)
     mesh = Mesh(scheduler, frames, batching_delay_s=config.batching_delay_ms / 1000)
     app = create_app(config, Catalog([Model(config.model_name, card, mesh)]), store)
-    settings = uvicorn.Config(app, log_config=None, access_log=False, timeout_graceful_shutdown=GRACE_S)
+    settings = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE_S)
     host = f"[{config.host}]" if ":" in config.host else config.host
-    await Server(settings, f"http://{host}:{listening.getsockname()[1]}").serve([listening])
+    # Uvicorn would log why the application did not start, and end as if nothing had happened.
+    async with app.router.lifespan_context(app):
+        await Server(settings, f"http://{host}:{listening.getsockname()[1]}").serve([listening])
+
+
+def store_url(config: Config) -> str | URL:
+    """Of the database of the jobs; a file in the output folder unless another one is configured."""
+    return config.database_url or URL.create("sqlite", database=str(Path(config.output_path) / "jobs.sqlite3"))
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -95,7 +106,11 @@ def listen(host: str, port: int) -> socket.socket:
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        return socket.create_server((host, port), family=family, backlog=2048)
+        listening = socket.create_server((host, port), family=family, backlog=2048)
+        # asyncio sees to it only for sockets that were made with a protocol's number, which these are not: an answer's
+        # body would wait for the acknowledgement of its head, 40 ms.
+        listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return listening
     except OSError as error:
         raise StartFailed(
             f"cannot listen on {host}:{port}: {os.strerror(error.errno) if error.errno else error}"

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -14,16 +15,27 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from gateway.catalog import Catalog
+from gateway.delivery import Delivery
+from gateway.inputs import Inputs
+from gateway.jobs.bucket import Bucket, StorageFailed
+from gateway.jobs.database import StoreUnavailable
+from gateway.jobs.deliveries import Deliveries
 from gateway.jobs.outputs import Outputs
 from gateway.jobs.runner import JobRunner
 from gateway.jobs.store import JobStore
+from gateway.jobs.sweeper import Sweeper
+from gateway.jobs.webhooks import Webhooks
 from gateway.mesh import DRAINING
+from gateway.metrics import Metrics, Timing
 from gateway.middleware import BodyLimit, Envelope
 from gateway.replies import CODES, error_reply
-from gateway.routes import health, images, models, videos
+from gateway.routes import adapters, health, images, models, server, videos
 from gateway.services import Services
 from runtime.config import Config
 from runtime.errors import InvalidInput, NotReady
+from runtime.log import get_logger
+
+log = get_logger("app")
 
 MAX_BODY_BYTES = 80_000_000
 RETRY_AFTER_S = 5
@@ -35,30 +47,71 @@ NOT_FOUND = {"model_not_found", "video_not_found", "image_not_found"}
 def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
     """The gateway over its models. It owns their meshes and the store: opens them when it starts, closes them at its
     end."""
-    runner = JobRunner(catalog, store, Outputs(Path(config.output_path)))
+    metrics, outputs, deliveries = Metrics(), Outputs(Path(config.output_path), _bucket(config)), Deliveries(store)
+    webhooks, keep_s = Webhooks(deliveries, config), 3600 * config.keep_results_hours
+    runner = JobRunner(catalog, store, outputs, metrics, webhooks, keep_s)
+    inputs = Inputs(Path(config.output_path) / "inputs", allow_private=config.allow_private_urls)
+    sweeper = Sweeper(store, outputs, inputs, deliveries, keep_s)
+    delivery = Delivery(outputs, config.output_redirect)
+    services = Services(config, catalog, runner, webhooks, delivery, inputs, metrics)
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
         async with contextlib.AsyncExitStack() as stack:
             await store.open()
             stack.push_async_callback(store.close)
+            await outputs.open()
             await catalog.start()
             stack.push_async_callback(catalog.close)
+            await stack.enter_async_context(_running(webhooks.run(), sweeper.run()))
             await runner.resume()
             stack.push_async_callback(runner.close)
+            stack.push_async_callback(services.probe.close)
             yield
 
     app = FastAPI(title="framemesh", lifespan=lifespan)
-    app.state.services = Services(config, catalog, runner)
-    for routes in (videos, images, models, health):
+    app.state.sweeper = sweeper
+    app.state.services = services
+    for routes in (videos, images, adapters, models, health, server):
         app.include_router(routes.router)
     app.add_exception_handler(InvalidInput, _invalid_input)
     app.add_exception_handler(NotReady, _not_ready)
+    app.add_exception_handler(StorageFailed, _storage_failed)
+    app.add_exception_handler(StoreUnavailable, _store_unavailable)
     app.add_exception_handler(RequestValidationError, _validation_failed)
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
     app.add_middleware(Envelope)
+    app.add_middleware(Timing, metrics=metrics)
     return app
+
+
+def _bucket(config: Config) -> Bucket | None:
+    if config.output_store is not None:
+        return Bucket(config.output_store)
+    if config.output_redirect:
+        raise InvalidInput("output_redirect", "has no effect without output_store; leave it out")
+    return None
+
+
+@contextlib.asynccontextmanager
+async def _running(*works: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Side by side, until the end of the block."""
+    tasks = [asyncio.create_task(work) for work in works]
+    for task in tasks:
+        task.add_done_callback(_report_end)
+    try:
+        yield
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def _report_end(task: asyncio.Task[None]) -> None:
+    """None of them should end before the application does."""
+    if not task.cancelled() and task.exception() is not None:
+        log.error("a task in the background failed", exc_info=task.exception())
 
 
 def _invalid_input(_request: Request, error: Any) -> Response:
@@ -68,6 +121,15 @@ def _invalid_input(_request: Request, error: Any) -> Response:
 def _not_ready(_request: Request, error: Any) -> Response:
     code = DRAINING if error.draining else "model_loading"
     return error_reply(503, f"not ready: {error}", None, code, {"retry-after": str(RETRY_AFTER_S)})
+
+
+def _storage_failed(_request: Request, error: Any) -> Response:
+    headers = {"retry-after": str(RETRY_AFTER_S)}
+    return error_reply(503, f"the object store does not answer: {error}", None, "storage_unavailable", headers)
+
+
+def _store_unavailable(_request: Request, error: Any) -> Response:
+    return error_reply(503, str(error), None, "store_unavailable", {"retry-after": str(RETRY_AFTER_S)})
 
 
 def _validation_failed(_request: Request, error: Any) -> Response:

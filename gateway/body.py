@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 import msgspec
 from pydantic import BaseModel, ValidationError
+from starlette.datastructures import UploadFile
 from starlette.requests import Request
 
+from gateway.inputs import Upload
 from runtime.errors import InvalidInput
 
 MAX_FORM_FIELDS = 200
-MAX_FORM_FILES = 4
+MAX_FORM_FILES = 32
+"""More than any endpoint takes, so that it is the endpoint that says how many."""
 MAX_PART_BYTES = 70_000_000
 """Starlette's own 1 MB would refuse an image given as a data URL before anybody could say what is wrong with it."""
+LARGE_BYTES = 1_000_000
+"""Bodies beyond it are not decoded in the event loop."""
 
 NESTED = ("extra_body", "extra_params")
 """Fields that hold further fields: what SGLang and vLLM-Omni clients send."""
@@ -26,32 +32,46 @@ Fields = dict[str, Any]
 Body = TypeVar("Body", bound=BaseModel)
 
 
-async def read_body(request: Request, kind: type[Body]) -> Body:
-    """The body, whichever of the three content types it came in.
+async def read_body(request: Request, kind: type[Body], lists: Collection[str] = ()) -> Body:
+    """The body, whichever of the three content types it came in; files are `Upload`s.
+
+    Fields in `lists` may be repeated in a form, with or without ``[]``; they come out as lists.
 
     Raises:
         InvalidInput: names the first field that is wrong.
     """
-    fields = {name: value for name, value in _merge_nested(await _read_fields(request)).items() if value is not None}
-    if fields.get("input_reference") is not None:
-        raise InvalidInput("input_reference", "text-to-video models take no image", code="unsupported_parameter")
+    read = _merge_nested(await _read_fields(request, lists))
+    fields = {name: value for name, value in read.items() if value is not None}
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
         raise _as_invalid_input(error, kind) from error
 
 
-async def _read_fields(request: Request) -> Fields:
+async def discard_body(request: Request) -> None:
+    """Read it to its end, as far as bodies may go, and keep nothing: a client that still sends hears no answer."""
+    async for _part in request.stream():
+        pass
+
+
+async def _read_fields(request: Request, lists: Collection[str]) -> Fields:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == "multipart/form-data":
         limits = {"max_files": MAX_FORM_FILES, "max_fields": MAX_FORM_FIELDS, "max_part_size": MAX_PART_BYTES}
         async with request.form(**limits) as form:
-            return unbracket(form.multi_items())
+            return unbracket([(name, await _value(sent)) for name, sent in form.multi_items()], lists)
     raw = await request.body()
+    if len(raw) > LARGE_BYTES and not content_type.endswith("urlencoded"):
+        return await asyncio.to_thread(_decode_object, "body", raw)
     # `curl -d '{…}'` without a header calls its JSON a form.
     if content_type == "application/x-www-form-urlencoded" and not raw.lstrip().startswith(b"{"):
-        return unbracket(_split_form(raw))
+        return unbracket(_split_form(raw), lists)
     return _decode_object("body", raw)
+
+
+async def _value(sent: UploadFile | str) -> Upload | str:
+    """A part of a form; starlette keeps large files on disk, and its files end with the form."""
+    return sent if isinstance(sent, str) else Upload(await sent.read())
 
 
 def _split_form(raw: bytes) -> list[tuple[str, str]]:
@@ -68,15 +88,17 @@ def _decode_object(field: str, raw: bytes | str) -> Fields:
         raise InvalidInput(field, f"is no JSON object: {error}", code="invalid_json") from error
 
 
-def unbracket(pairs: Iterable[tuple[str, Any]]) -> Fields:
+def unbracket(pairs: Iterable[tuple[str, Any]], lists: Collection[str] = ()) -> Fields:
     """Form fields as clients flatten them: ``a=1``, ``b[c]=2``, ``d[]=3`` -> ``{a: 1, b: {c: 2}, d: [3]}``.
+
+    Names in `lists` are lists without brackets too.
 
     Raises:
         InvalidInput: a field is given twice, or as two different things.
     """
     fields: Fields = {}
     for name, value in pairs:
-        is_item = name.endswith("[]")
+        is_item = name.endswith("[]") or name in lists
         outer, *inner = _split_brackets(name.removesuffix("[]"))
         if "" in inner:
             raise InvalidInput(name, "is a list of something else than values")

@@ -11,6 +11,7 @@ the consumer sees each of them once.
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
@@ -36,8 +37,10 @@ from runtime.protocol import (
     Grant,
     MeshState,
     ModelInfo,
+    Observe,
     Progress,
     Request,
+    Status,
     Stored,
     Submit,
     Welcome,
@@ -50,6 +53,10 @@ FRAME_CREDITS = 16
 
 SILENCE_S = 3.0
 """A scheduler that has said nothing for so long is greeted again: one that was started anew does not know us."""
+LOOK_S = 1.0
+"""A scheduler that takes longer to say how it stands does not count as there."""
+FRESH_S = 0.5
+"""A snapshot that is younger is shown again: however many look, the scheduler is asked so often at most."""
 MESH_LOST = "mesh_lost"
 """The code of requests that end because the mesh did."""
 DRAINING = "draining"
@@ -80,7 +87,17 @@ class Frames:
         return self.first + self.count == self.total
 
 
-Event = Progress | Frames | Completed
+@dataclass(frozen=True)
+class Preview:
+    """What a request would look like, as predicted after some of its denoising steps."""
+
+    step: int
+    """Steps behind it, 1 or more."""
+    pixels: NDArray[np.uint8]
+    """(height, width, 3) RGB; as coarse as the latents."""
+
+
+Event = Progress | Preview | Frames | Completed
 
 
 @dataclass(eq=False)
@@ -91,8 +108,12 @@ class _Inbox:
     """As the present epoch knows it; frames of a lower attempt are of an earlier epoch."""
     attempt: int
     """The highest of which a chunk has come."""
-    events: asyncio.Queue[tuple[Event | Exception, int | None]] = field(default_factory=asyncio.Queue)
-    """With the epoch in which each came."""
+    events: asyncio.Queue[tuple[Event | Exception | None, int | None]] = field(default_factory=asyncio.Queue)
+    """With the epoch in which each came; None stands for the newest preview."""
+    preview: Preview | None = None
+    """Not consumed yet; a newer one takes its place."""
+    preview_step: int = 0
+    """Of the newest that came."""
     next_frame: int = 0
     unconsumed: int = 0
     """Chunks that were accepted in this epoch and whose credits have not gone back yet."""
@@ -128,6 +149,12 @@ class Mesh:
         self._epoch: int | None = None
         self._spoken = 0.0
         """When the scheduler was heard or greeted last."""
+        self._heard = 0.0
+        """When it was heard last."""
+        self._looking: asyncio.Future[Status] | None = None
+        """The question how the mesh stands, while it has no answer."""
+        self._seen: Status | None = None
+        self._seen_at = 0.0
         self._inboxes: dict[str, _Inbox] = {}
         self._outbox: list[_Inbox] = []
         self._over: list[str] = []
@@ -180,9 +207,18 @@ class Mesh:
             await self._changed.wait_for(lambda: self._tokenizer is not None)
 
     def request(
-        self, request_id: str, params: ResolvedParams, terms: Terms = DEFAULT_TERMS, *, resumed: bool = False
+        self,
+        request_id: str,
+        params: ResolvedParams,
+        terms: Terms = DEFAULT_TERMS,
+        *,
+        resumed: bool = False,
+        previews: int = 0,
     ) -> Request:
         """A tokenized request; `resumed` for one that was accepted before, which no drain keeps out.
+
+        `previews` is how many pictures are wanted while it is denoised; there may come fewer, and none of a solver
+        that cannot say where it is heading.
 
         Raises:
             NotReady: no rank has loaded the model yet, or the mesh drains.
@@ -192,16 +228,18 @@ class Mesh:
         if self._tokenizer is None:
             raise NotReady(self.state.reason)
         token_ids = self._tokenizer.tokenize(params)
-        return Request(request_id, params, token_ids, 0, terms.key, terms.priority, terms.timeout_s)
+        request = Request(request_id, params, token_ids, 0, terms.key, terms.priority, terms.timeout_s)
+        return msgspec.structs.replace(request, previews=previews)
 
     def warnings(self, params: ResolvedParams) -> tuple[str, ...]:
         """What of the prompts an encoder does not read, in words; empty until the model is known."""
         return () if self._tokenizer is None else self._tokenizer.warnings(params)
 
     async def run(self, request: Request, *, resumed: bool = False) -> AsyncGenerator[Event, None]:
-        """Progress and frames until Completed. Leaving the loop early cancels the request.
+        """Progress, previews and frames until Completed. Leaving the loop early cancels the request.
 
-        Progress may fall back when the mesh had to resume the request; frames come once, in order.
+        Progress may fall back when the mesh had to resume the request; frames come once, in order. Of previews that
+        wait for the consumer only the newest is left, and they end with the first frame.
 
         Raises:
             NotReady: the mesh drains, and the request is not `resumed`.
@@ -217,7 +255,10 @@ class Mesh:
             self._submit(inbox)
             while not ended:
                 event, epoch = await inbox.events.get()
-                if isinstance(event, Exception):
+                if event is None:
+                    event, inbox.preview = inbox.preview, None
+                    assert event is not None
+                elif isinstance(event, Exception):
                     ended = True
                     raise event
                 ended = isinstance(event, Completed)
@@ -233,6 +274,35 @@ class Mesh:
                 self._outbox.remove(inbox)
             elif not ended:
                 await self.cancel(request.id, "the submitter left")
+
+    @property
+    def silent_s(self) -> float:
+        """Seconds since the scheduler was heard last; it speaks once a second. Infinite before its first word."""
+        return time.monotonic() - self._heard if self._heard else math.inf
+
+    @property
+    def dropped_messages(self) -> int:
+        """Messages that could not be read."""
+        counts = (self._control.dropped, self._frames.dropped)
+        return sum(dropped.malformed + dropped.wrong_version + dropped.refused for dropped in counts)
+
+    async def look(self) -> Status | None:
+        """How the mesh stands, at most half a second ago; None if its scheduler does not answer.
+
+        Any number of callers share one question; without a caller none is asked.
+        """
+        if self._seen is not None and time.monotonic() - self._seen_at < FRESH_S:
+            return self._seen
+        if self._looking is None:
+            self._looking = asyncio.get_running_loop().create_future()
+            await self._tell(Observe())
+        answer = self._looking
+        try:
+            return await asyncio.wait_for(asyncio.shield(answer), LOOK_S)
+        except TimeoutError:
+            if self._looking is answer:
+                self._looking = None
+            return None
 
     async def cancel(self, request_id: str, reason: str) -> None:
         await self._tell(Cancel(request_id, reason))
@@ -305,18 +375,20 @@ class Mesh:
                 continue
             else:
                 await self._hear(received.message)
-            self._spoken = time.monotonic()
+            self._spoken = self._heard = time.monotonic()
 
     async def _hear(self, message: FromScheduler) -> None:
         match message:
             case MeshState():
                 await self._see_state(message)
+            case Status():
+                self._see_status(message)
             case Progress() | Completed():
                 self._deliver(message.request_id, message)
             case Failed():
-                self._deliver(message.request_id, RequestFailed(message.request_id, message.code, message.reason))
+                self._fail(message, message.code)
             case Cancelled():
-                self._deliver(message.request_id, RequestFailed(message.request_id, "cancelled", message.reason))
+                self._fail(message, "cancelled")
 
     async def _welcomed(self, epoch: int) -> None:
         """Tell a scheduler that does not know us who we are and what we still want of it."""
@@ -365,11 +437,23 @@ class Mesh:
             self.state = state
             self._changed.notify_all()
 
+    def _fail(self, news: Failed | Cancelled, code: str) -> None:
+        self._deliver(news.request_id, RequestFailed(news.request_id, code, news.reason, news.usage))
+
+    def _see_status(self, status: Status) -> None:
+        self._seen, self._seen_at = status, time.monotonic()
+        looking, self._looking = self._looking, None
+        if looking is not None and not looking.done():
+            looking.set_result(status)
+
     async def _hear_frames(self) -> None:
         while True:
             received = await self._frames.receive()
             chunk = received.message
             inbox = self._inboxes.get(chunk.request_id)
+            if chunk.kind == "preview":
+                self._take_preview(inbox, received)
+                continue
             frames = self._accept(inbox, received)
             if inbox is not None and frames is not None:
                 inbox.events.put_nowait((frames, self._epoch))
@@ -390,19 +474,38 @@ class Mesh:
         inbox.attempt = chunk.attempt
         if chunk.first_frame != inbox.next_frame:
             return None
-        shape = (chunk.count, chunk.height, chunk.width, 3)
-        if received.payload is None or received.payload.nbytes != int(np.prod(shape)):
-            log.warning("dropped: frames of the wrong size", request=chunk.request_id)
+        pixels = _pixels(received)
+        if pixels is None:
             return None
         inbox.next_frame += chunk.count
         inbox.unconsumed += 1
-        pixels = np.frombuffer(received.payload, dtype=np.uint8).reshape(shape)
         frames = Frames(chunk.first_frame, chunk.total, pixels, chunk.timings)
         if frames.last:
             inbox.timings = chunk.timings
         return frames
 
+    def _take_preview(self, inbox: _Inbox | None, received: Received[FramesChunk]) -> None:
+        """Keep it for the consumer, unless frames are there already or a newer one was."""
+        chunk, pixels = received.message, _pixels(received)
+        wanted = inbox is not None and chunk.attempt >= inbox.attempt and not inbox.next_frame
+        if inbox is None or not wanted or chunk.step <= inbox.preview_step or pixels is None:
+            self.dropped_chunks += 1
+            return
+        if inbox.preview is None:
+            inbox.events.put_nowait((None, self._epoch))
+        inbox.preview, inbox.preview_step = Preview(chunk.step, pixels[0]), chunk.step
+
     def _deliver(self, request_id: str, event: Event | Exception) -> None:
         inbox = self._inboxes.get(request_id)
         if inbox is not None:
             inbox.events.put_nowait((event, self._epoch))
+
+
+def _pixels(received: Received[FramesChunk]) -> NDArray[np.uint8] | None:
+    """(count, height, width, 3) of a chunk; None if its payload is not what its header says."""
+    chunk = received.message
+    shape = (chunk.count, chunk.height, chunk.width, 3)
+    if received.payload is None or received.payload.nbytes != int(np.prod(shape)):
+        log.warning("dropped: frames of the wrong size", request=chunk.request_id)
+        return None
+    return np.frombuffer(received.payload, dtype=np.uint8).reshape(shape)

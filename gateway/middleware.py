@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from gateway.growing import BrokenOff
 from gateway.replies import CODES, error_reply
 from runtime.log import get_logger
 
@@ -41,6 +42,9 @@ class Envelope:
 
         try:
             await self._app(scope, receive, send_with_id)
+        except BrokenOff as error:
+            # Leaving without an end makes the server close the connection.
+            log.warning("a stream broke off", path=scope["path"], trace=request_id, reason=str(error))
         except Exception:
             log.exception("a request failed", path=scope["path"], request_id=request_id)
             if status:
@@ -50,7 +54,7 @@ class Envelope:
             await answer(scope, receive, send_with_id)
         finally:
             seconds = round(time.monotonic() - began, 4)
-            log.debug("request", method=scope["method"], path=scope["path"], status=status, s=seconds, id=request_id)
+            log.debug("request", method=scope["method"], path=scope["path"], status=status, s=seconds, trace=request_id)
 
 
 def request_id(request: Request) -> str:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+from gateway.inputs import Given, Source, read_sources
+from gateway.jobs.store import Job
 from gateway.media.stills import StillFormat
 from runtime.errors import InvalidInput
 from runtime.models.card import Card
@@ -25,6 +28,18 @@ def _no_bool(value: Any) -> Any:
 
 Whole = Annotated[int, BeforeValidator(_no_bool), Field(ge=-(2**63), lt=2**63)]
 Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+Label = Annotated[str, Field(max_length=512)]
+
+_PICTURE = {
+    "anyOf": [
+        {"type": "string", "format": "binary", "description": "a file of a form"},
+        {"type": "string", "description": "a URL: https://… or data:image/png;base64,…"},
+        {"type": "object", "properties": {"image_url": {"type": "string"}}, "required": ["image_url"]},
+    ]
+}
+Picture = Annotated[Any, WithJsonSchema(_PICTURE)]
+"""PNG, JPEG or WebP."""
+Pictures = Annotated[Any, WithJsonSchema({"anyOf": [*_PICTURE["anyOf"], {"type": "array", "items": _PICTURE}]})]
 
 
 class Generation(BaseModel):
@@ -44,6 +59,8 @@ class Generation(BaseModel):
     negative_prompt: str | None = None
     priority: Whole | None = Field(None, description="-100 to 100; higher goes first among your own requests")
     timeout: Number | None = Field(None, description="seconds after which the result is no longer wanted")
+    user: Label | None = Field(None, description="kept with the job, and changes nothing")
+    safety_identifier: Label | None = Field(None, description="kept with the job, and changes nothing")
 
     def to_params(self, card: Card) -> SamplingParams:
         """The same in the runtime's words; raises `InvalidInput` where two of them contradict each other."""
@@ -80,11 +97,22 @@ class VideoCreate(Generation):
     )
     num_frames: Whole | None = None
     fps: Whole | None = None
+    webhook_url: str | None = Field(None, description="is sent video.completed, video.failed or video.cancelled")
+    previews: Whole = Field(0, ge=0, le=20, description="pictures wanted while it is denoised, as `preview` events")
+    input_reference: Picture = Field(None, description="the picture that the video starts from")
 
     def to_params(self, card: Card) -> SamplingParams:
         if card.task_type == "T2I":
             raise InvalidInput("model", "makes images, not videos; use POST /v1/images/generations")
         return replace(super().to_params(card), num_frames=self._frames(card), fps=self.fps)
+
+    def given(self) -> Given:
+        """The picture that it starts from; blocks while it is decoded."""
+        if self.input_reference is None:
+            return Given()
+        if isinstance(self.input_reference, list):
+            raise InvalidInput("input_reference", "is a list; a video starts from one picture")
+        return Given(tuple(read_sources("input_reference", self.input_reference)))
 
     def _frames(self, card: Card) -> int | None:
         if self.seconds is None:
@@ -97,14 +125,60 @@ class VideoCreate(Generation):
         return frames
 
 
+class VideoRemix(VideoCreate):
+    """The body of POST /v1/videos/{id}/remix: a new prompt, and whatever else is to differ from the source."""
+
+    def over(self, source: Job) -> Self:
+        """The body of the whole video: what this one leaves open is as in the source, its seed included.
+
+        Raises:
+            InvalidInput: it names another model.
+        """
+        if self.model not in {None, source.model}:
+            raise InvalidInput("model", f"a remix is made by {source.model}, as its source was; leave it out")
+        taken = {"model": source.model, "priority": source.terms.priority, "timeout": source.terms.timeout_s}
+        taken |= {name: getattr(source.params, name) for name in REMIXED} | {"previews": source.asked.previews}
+        if self.size not in {None, "auto"}:
+            del taken["width"], taken["height"]
+        if self.seconds is not None:
+            del taken["num_frames"]
+        given = {name for name in self.model_fields_set if getattr(self, name) is not None}
+        return self.model_copy(update={name: value for name, value in taken.items() if name not in given})
+
+
+REMIXED = (
+    "negative_prompt",
+    "num_inference_steps",
+    "guidance_scale",
+    "true_cfg_scale",
+    "seed",
+    "width",
+    "height",
+    "num_frames",
+    "fps",
+)
+"""What a remix takes over from its source unless it says otherwise."""
+
 NOTHING: dict[str, tuple[Any, ...]] = {
     "quality": ("auto", "standard"),
     "background": ("auto", "opaque"),
     "moderation": ("auto", "low"),
-    "stream": (False,),
-    "partial_images": (0,),
+    "style": ("vivid",),
+    "complexity": (),
+    "frame_count": (),
+    "frame_duration_ms": (),
+    "svg": (),
+    "input_fidelity": ("low",),
 }
 """Fields of OpenAI's that we have nothing for, and their values that ask for nothing."""
+
+
+class StreamOptions(BaseModel):
+    """What else a stream of events is to tell; OpenAI's clients take unknown events for partial images."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    include_progress: bool = False
 
 
 class ImageCreate(Generation):
@@ -114,24 +188,82 @@ class ImageCreate(Generation):
     response_format: Literal["b64_json", "url"] = "b64_json"
     output_format: StillFormat = "png"
     output_compression: Whole | None = Field(None, ge=0, le=100, description="quality of webp and jpeg")
+    stream: bool = Field(False, description="answer with server-sent events")
+    partial_images: Whole = Field(0, ge=0, le=3, description="previews in the stream; fewer may come")
+    stream_options: Annotated[StreamOptions | None, WithJsonSchema(StreamOptions.model_json_schema())] = None
     quality: str | None = None
     background: str | None = None
     moderation: str | None = None
-    stream: bool | None = None
-    partial_images: int | None = None
-    user: str | None = None
-    safety_identifier: str | None = None
+    style: str | None = None
+    complexity: str | None = None
+    frame_count: Any = None
+    frame_duration_ms: Any = None
+    svg: Any = None
+
+    @property
+    def wants_progress(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_progress
+
+    def given(self) -> Given:
+        """The pictures that it starts from; blocks while they are decoded."""
+        return Given()
 
     def to_params(self, card: Card) -> SamplingParams:
         for name, taken in NOTHING.items():
-            value = getattr(self, name)
+            value = getattr(self, name, None)
             if value is not None and value not in taken:
-                choice = " or ".join(map(str, taken)).lower()
-                message = f"{value!r} is not available here; take {choice}, or leave it out"
-                raise InvalidInput(name, message, code="unsupported_value")
+                raise unsupported(name, value, taken)
         if self.output_format == "png" and self.output_compression not in {None, 100}:
             raise InvalidInput("output_compression", "has no effect on png; it is for webp and jpeg")
+        self._check_stream()
         return replace(super().to_params(card), num_frames=1)
+
+    def _check_stream(self) -> None:
+        if self.stream and self.n > 1:
+            raise InvalidInput("n", f"{self.n} images do not go into one stream; take 1, or leave stream out")
+        if self.stream and self.response_format == "url":
+            raise InvalidInput("response_format", "a stream carries its pictures as b64_json; leave it out")
+        for name in ("partial_images", "stream_options"):
+            if getattr(self, name) and not self.stream:
+                raise InvalidInput(name, "has an effect with stream=true only; leave it out")
+
+
+LISTS = ("image", "images", "url")
+"""Fields of an edit that a form may repeat."""
+
+
+class ImageEdit(ImageCreate):
+    """The body of POST /v1/images/edits: files first, then URLs, in the order in which they were given."""
+
+    image: Pictures = Field(None, description="the pictures to start from, 1 to 16")
+    images: Pictures = Field(None, description="the same under the name that OpenAI's JSON bodies use")
+    url: Pictures = Field(None, description="more of them, by their addresses")
+    mask: Picture = Field(None, description="transparent where the first image may change, and of its size")
+    markup: Picture = Field(None, description="drawn over the first image to say what to change, and of its size")
+    input_fidelity: str | None = None
+
+    def given(self) -> Given:
+        images = [
+            source
+            for name in LISTS
+            if getattr(self, name) is not None
+            for source in read_sources(name, getattr(self, name))
+        ]
+        if not images:
+            raise InvalidInput("image", "is required", code="missing_required_parameter")
+        return Given(tuple(images), self._overlay("mask"), self._overlay("markup"))
+
+    def _overlay(self, name: str) -> Source | None:
+        value = getattr(self, name)
+        if isinstance(value, list):
+            raise InvalidInput(name, "is a list; there is one for the first image")
+        return None if value is None else next(read_sources(name, value))
+
+
+def unsupported(field: str, value: object, choices: Sequence[object]) -> InvalidInput:
+    """A value that would change the result and that nobody here can make; `choices` are those that can be had."""
+    choice = f"take {' or '.join(map(str, choices)).lower()}, or leave it out" if choices else "leave it out"
+    return InvalidInput(field, f"{value!r} is not available here; {choice}", code="unsupported_value")
 
 
 def resolve(body: Generation, card: Card, max_prompt_chars: int) -> ResolvedParams:

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from fastapi import Depends, Request
 
 from gateway.catalog import Catalog
+from gateway.delivery import Delivery
+from gateway.inputs import Inputs
 from gateway.jobs.runner import JobRunner
+from gateway.jobs.webhooks import Webhooks
+from gateway.metrics import Metrics
+from gateway.probe import Probe
 from runtime.config import Config
 
 
@@ -19,6 +25,12 @@ class Services:
     config: Config
     catalog: Catalog
     runner: JobRunner
+    webhooks: Webhooks
+    delivery: Delivery
+    inputs: Inputs
+    metrics: Metrics
+    probe: Probe = field(default_factory=Probe)
+    started: float = field(default_factory=time.monotonic)
 
 
 def services(request: Request) -> Services:

@@ -1,7 +1,8 @@
 """A job's events: kept while it lives, followed by any number of readers, told as server-sent events.
 
 ``queued`` {position, eta_s} · ``stage`` {stage} · ``step`` {step, total_steps, eta_s, progress} ·
-``frames`` {first, count, total, jpeg?} · and at the end ``done`` (the Video object) or ``error`` {error}.
+``preview`` {step, width, height, jpeg} · ``frames`` {first, count, total, jpeg?} · and at the end ``done`` (the Video
+object) or ``error`` {error}.
 """
 
 from __future__ import annotations
@@ -47,15 +48,22 @@ class Event:
 
 
 class EventLog:
-    """What happened to one job since this process took it, for readers that come and go."""
+    """What happened to one job since this process took it, for readers that come and go; of previews the newest."""
 
     def __init__(self) -> None:
         self.token = secrets.token_hex(4)
         """Tells this log's event ids from those of the log that the job had before a restart."""
-        self._events: list[Event] = []
+        self._events: list[Event | None] = []
+        """None where a preview was that a newer one has replaced."""
+        self._preview: int | None = None
+        """Where the newest preview is."""
         self._changed = asyncio.Condition()
         self._stills: dict[int, list[str]] = {}
         self._jpeg_readers = 0
+        self.readers = 0
+        """How many follow it now."""
+        self.frames_told = 0
+        """Frames that events were published of, from the first on without a gap."""
 
     @property
     def wants_stills(self) -> bool:
@@ -64,12 +72,19 @@ class EventLog:
 
     @property
     def ended(self) -> bool:
-        return bool(self._events) and self._events[-1].is_last
+        newest = self._events[-1] if self._events else None
+        return newest is not None and newest.is_last
 
     async def publish(self, name: str, data: dict[str, Any], stills: list[str] | None = None) -> None:
-        """Append an event; nothing follows an ending."""
-        if self.ended:
+        """Append an event; nothing follows an ending, and no frame is told of twice."""
+        if self.ended or (name == "frames" and data["first"] < self.frames_told):
             return
+        if name == "frames":
+            self.frames_told = data["first"] + data["count"]
+        if name == "preview":
+            if self._preview is not None:
+                self._events[self._preview] = None
+            self._preview = len(self._events)
         self._events.append(Event(len(self._events) + 1, name, data))
         if stills is not None:
             self._stills[data["first"]] = stills
@@ -80,15 +95,22 @@ class EventLog:
 
     async def follow(self, after: int = 0) -> AsyncGenerator[Event, None]:
         """Events with a higher id, as they come, up to and with the ending."""
-        while True:
-            async with self._changed:
-                while len(self._events) <= after:
-                    await self._changed.wait()
-            for event in self._events[after:]:
-                yield event
-                if event.is_last:
-                    return
-            after = event.id
+        self.readers += 1
+        try:
+            while True:
+                async with self._changed:
+                    while len(self._events) <= after:
+                        await self._changed.wait()
+                fresh = self._events[after:]
+                after += len(fresh)
+                for event in fresh:
+                    if event is None:
+                        continue
+                    yield event
+                    if event.is_last:
+                        return
+        finally:
+            self.readers -= 1
 
     def stills(self, first: int) -> list[str] | None:
         """The JPEGs of the chunk that begins at a frame, if they are still there."""
@@ -110,7 +132,11 @@ class EventLog:
 
 def encode_stills(frames: NDArray[np.uint8]) -> list[str]:
     """(n, height, width, 3) RGB to base64 JPEGs; blocks."""
-    return [base64.b64encode(jpeg(frame)).decode() for frame in frames]
+    return [as_base64(jpeg(frame)) for frame in frames]
+
+
+def as_base64(file: bytes) -> str:
+    return base64.b64encode(file).decode()
 
 
 def ending(job: Job) -> tuple[str, dict[str, Any]]:

@@ -7,7 +7,7 @@ import queue
 import secrets
 import threading
 from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -22,7 +22,7 @@ from launch.weights import resolve_model
 from runtime.config import Config, check_config, fit_layout
 from runtime.errors import FramemeshError, StartFailed
 from runtime.models.card import Card, card_for, most_branches, read_configs
-from runtime.protocol import MeshState, Request
+from runtime.protocol import Completed, MeshState, Request, Usage
 from runtime.sampling import ResolvedParams, SamplingParams, check_terms
 
 T = TypeVar("T")
@@ -39,6 +39,8 @@ class Result:
     """(T, H, W, 3) RGB."""
     metadata: dict[str, Any]
     """Prompt, seed, sizes, model, and seconds per stage under "timings"."""
+    usage: Usage = field(default_factory=Usage)
+    """What it took of the mesh."""
 
 
 class Generator:
@@ -130,12 +132,16 @@ class Generator:
         chosen = SamplingParams(**{name: getattr(resolved, name) for name in resolved.__struct_fields__})
         chunks: list[NDArray[np.uint8]] = []
         timings: dict[str, float] = {}
+        usage = Usage()
         for event in self.stream(chosen):
             on_event(event)
             if isinstance(event, Frames):
                 chunks.append(event.pixels)
                 timings = event.timings
-        return Result(np.concatenate(chunks), generation_metadata(resolved, self.config.model_name, timings))
+            elif isinstance(event, Completed):
+                usage = event.usage
+        metadata = generation_metadata(resolved, self.config.model_name, timings)
+        return Result(np.concatenate(chunks), metadata, usage)
 
     def close(self) -> None:
         """Stop every process; safe to call twice."""

@@ -48,7 +48,7 @@ NAMES = [*SETTINGS, *LATER, *ALIASES]
 COMMANDS = {"serve": CONFIG, "generate": SETTINGS, "run": SETTINGS, "doctor": CONFIG}
 """Which settings each command works with."""
 
-HTTP_ONLY = frozenset({"host", "port", "served_model_name", "batching_delay_ms"})
+HTTP_ONLY = frozenset({"host", "port", "served_model_name", "batching_delay_ms", "database_url", "job_lease"})
 """Settings of the HTTP server, which `generate` does not start."""
 
 BOOLEANS = frozenset(

@@ -64,6 +64,10 @@ def generate_once(config: Config, folder: Path, params: SamplingParams, file_nam
             _write(result, video, sheet)
     if save:
         _report(video, sheet, result.metadata["seed"], result.metadata["timings"])
+        usage = result.usage
+        print(
+            f"usage          {usage.rank_seconds:.2f} rank-seconds, at most {usage.peak_memory_bytes / 2**20:.0f} MiB"
+        )
     return 0
 
 

@@ -6,6 +6,7 @@ A field is a flag (`--ulysses-degree`), a config-file key (`ulysses_degree`) and
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -19,8 +20,11 @@ from runtime.layout import Heads, Layout, derive_layout
 Precision = Literal["fp16", "bf16", "fp32"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
+BUCKET_URL = re.compile(r"s3://[^/@?#\s]+(/[^?#\s]*)?")
+
 DEMO_MODEL = "demo"
 """The value of `model_path` that means the model shipped inside the package."""
+POSTGRES = ("postgresql://", "postgres://", "postgresql+psycopg://")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,8 +101,26 @@ class Config:
     """Address that the HTTP server listens on."""
     port: int = 30000
     """Port of the HTTP server; 0 takes a free one."""
+    public_url: str | None = None
+    """How clients reach this server, e.g. https://images.example.org; put before the URLs in answers, which are
+    relative without it."""
     output_path: str = "outputs"
     """Folder for results and for the job store."""
+    output_store: str | None = None
+    """s3://bucket/prefix: finished files go there (endpoint and credentials: AWS_* variables); unset: output_path."""
+    output_redirect: bool = False
+    """Answer for a file in the bucket with a redirect to a signed URL of it; unset: the gateway passes the bytes on."""
+    keep_results_hours: float = 0.0
+    """Hours after its end that a job is removed with its files; 0 keeps it for ever."""
+    webhook_url: str | None = None
+    """Told of the end of every job, beside the webhook_url of the request."""
+    webhook_secret_file: str | None = None
+    """File (0600) of the secrets that sign webhooks, one whsec_… a line; unset: nobody may ask for webhooks."""
+    database_url: str | None = field(default=None, repr=False)
+    """PostgreSQL database of the jobs (postgresql://user:password@host/database), which several gateways may share;
+    unset: an SQLite file in the output folder, for one gateway."""
+    job_lease: float = 15.0
+    """Seconds after which the jobs of a gateway that died are another one's, where several share a database."""
     batching_delay_ms: float = 0.0
     """How long the gateway collects requests before it sends them on together."""
     batching_max_size: int = 16
@@ -113,6 +135,8 @@ class Config:
     """Folder where measured costs are kept between starts; unset: the user's cache folder."""
     max_prompt_chars: int = 20_000
     """Longest prompt that is tokenized at all."""
+    allow_private_urls: bool = False
+    """Let clients name URLs (of images, of webhooks) on loopback and private addresses."""
 
     checkpoint_every_steps: int = 10
     """Denoising steps between two checkpoints of a request; 0 writes none, so that after a crash it starts again."""
@@ -130,6 +154,8 @@ class Config:
     """Folder of CURVE keys (made by `framemesh keygen`), for sockets between hosts; unset: ipc and loopback only."""
     log_level: LogLevel = "info"
     """How much the processes log."""
+    enable_metrics: bool = True
+    """Answer /metrics in Prometheus' text format."""
     trace_path: str | None = None
     """Append the start and end of every work item on every rank to this file (JSON lines)."""
 
@@ -170,8 +196,7 @@ def check_config(config: Config) -> None:
         InvalidInput: names the field.
     """
     _check_parallel(config)
-    if not 0 <= config.port <= 65535:
-        raise InvalidInput("port", f"{config.port} is not a port; take 0 (any free one) to 65535")
+    _check_gateway(config)
     if not config.vae_config.load_decoder:
         raise InvalidInput("vae_config.load_decoder", "must be true: without the decoder there are no frames")
     if not 1 <= config.max_prompt_chars <= MAX_PROMPT_CHARS:
@@ -184,12 +209,25 @@ def check_config(config: Config) -> None:
     for name in ("checkpoint_every_steps", "checkpoint_max_bytes", "drain_timeout"):
         if getattr(config, name) < 0:
             raise InvalidInput(name, f"{getattr(config, name)} is negative; take 0 or more")
+    _check_outputs(config)
     if config.batching_delay_ms < 0:
         raise InvalidInput("batching_delay_ms", f"{config.batching_delay_ms} is negative; it is a time in ms")
     for name in ("tile_sample_min_height", "tile_sample_min_width"):
         value = getattr(config.vae_config, name)
         if value is not None and value < 64:
             raise InvalidInput(f"vae_config.{name}", f"{value} is below the smallest tile of 64 pixels")
+
+
+def _check_outputs(config: Config) -> None:
+    if config.output_store is not None and not BUCKET_URL.fullmatch(config.output_store):
+        reason = f"{config.output_store!r} is not of the form s3://bucket/prefix; all else is in AWS_* variables"
+        raise InvalidInput("output_store", reason)
+    if not 0 <= config.keep_results_hours < float("inf"):
+        raise InvalidInput("keep_results_hours", f"{config.keep_results_hours} is no time; take 0 (for ever) or more")
+    if config.webhook_url is not None and not config.webhook_url.startswith(("http://", "https://")):
+        raise InvalidInput("webhook_url", f"{config.webhook_url!r} is not of the form https://host/path")
+    if config.webhook_url is not None and config.webhook_secret_file is None:
+        raise InvalidInput("webhook_url", "needs webhook_secret_file: webhooks are signed")
 
 
 def _check_parallel(config: Config) -> None:
@@ -203,6 +241,17 @@ def _check_parallel(config: Config) -> None:
         raise InvalidInput("dist_backend", "nccl moves CUDA tensors only; take gloo on the CPU")
     if config.use_fsdp_inference and config.dist_backend == "staged":
         raise InvalidInput("use_fsdp_inference", "dist_backend staged cannot gather sharded weights; take nccl")
+
+
+def _check_gateway(config: Config) -> None:
+    if not 0 <= config.port <= 65535:
+        raise InvalidInput("port", f"{config.port} is not a port; take 0 (any free one) to 65535")
+    if config.public_url is not None and not re.fullmatch(r"https?://[^\s/?#]+[^\s?#]*", config.public_url):
+        raise InvalidInput("public_url", f"{config.public_url!r} is not of the form https://host or https://host/path")
+    if config.database_url is not None and not config.database_url.startswith(POSTGRES):
+        raise InvalidInput("database_url", "is not of the form postgresql://user:password@host/database")
+    if config.job_lease < 1:
+        raise InvalidInput("job_lease", f"{config.job_lease:g} s are too few; take 1 or more")
 
 
 def fit_layout(config: Config, card: Heads, branches: int) -> Config:
@@ -229,7 +278,9 @@ def fit_layout(config: Config, card: Heads, branches: int) -> Config:
 
 
 def save_frozen(config: Config, path: Path) -> None:
-    """Write the resolved configuration for the children of a launcher."""
+    """Write the resolved configuration for the children of a launcher; nobody else reads it, it may hold a password."""
+    path.touch(mode=0o600)
+    path.chmod(0o600)
     path.write_bytes(msgspec.json.format(msgspec.json.encode(config)))
 
 

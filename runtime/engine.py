@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 
+from runtime.diary import Diary
 from runtime.errors import PeerGone
 from runtime.log import get_logger
 from runtime.protocol import (
@@ -67,6 +68,7 @@ class Engine:
         self._beaten = 0.0
         self._trace = trace
         self._step_times = StepTimes()
+        self._diary = Diary()
         self._told: set[bytes] = set()
         """Whose stale messages were in the log."""
         self.stale = 0
@@ -84,6 +86,7 @@ class Engine:
         for item in self._scheduler.plan(now):
             self._start(item, now)
         for gateway, news in self._scheduler.take_news():
+            self._diary.told(news)
             self._tell_gateway(gateway, news, now)
         self._stop_when_drained(now)
 
@@ -112,9 +115,11 @@ class Engine:
             case WorkerHello():
                 self._worker_joined(sender, message, now)
             case Submit():
+                self._diary.submitted(message.requests)
                 self._scheduler.submit(sender, message.requests, now)
             case Cancel():
-                self._scheduler.cancel(message.request_id, message.reason, now)
+                gateway = sender if sender in self._gateways else None
+                self._scheduler.cancel(message.request_id, message.reason, now, gateway)
             case Stored():
                 self._scheduler.stored(sender, message.request_id, now)
             case Grant():
@@ -170,13 +175,15 @@ class Engine:
                     self._trace.note(message, running.item, steps)
                 seconds = message.finished - message.started
                 self._step_times.note(running, seconds)
-                self._scheduler.completed(message.rank, message.seq, seconds, now)
+                rank.peak_bytes = message.peak_bytes
+                self._scheduler.completed(message.rank, message.seq, seconds, now, message.peak_bytes)
             case ItemFailed() if message.group_broken:
                 self._group_lost(f"rank {message.rank}: {message.reason}", now, (message.seq, message.code))
             case ItemFailed():
                 self._scheduler.failed(message.rank, message.seq, message.code, message.reason, now)
             case CheckpointFailed():
-                log.warning("no checkpoint", request=message.request_id, step=message.step, reason=message.reason)
+                facts = {"step": message.step, "reason": message.reason} | self._diary.trace(message.request_id)
+                log.warning("no checkpoint", request=message.request_id, **facts)
                 self._scheduler.checkpoint_failed(message.request_id)
             case Heartbeat():
                 pass

@@ -12,6 +12,11 @@ FramemeshError
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from runtime.protocol import Usage
+
 
 class FramemeshError(Exception):
     """Root of everything this project raises on purpose."""
@@ -42,13 +47,14 @@ class NotReady(FramemeshError):
 
 
 class RequestFailed(FramemeshError):
-    """An accepted request that ended as failed or cancelled."""
+    """An accepted request that ended as failed or cancelled; `usage` is what it took, if a scheduler said so."""
 
-    def __init__(self, request_id: str, code: str, reason: str) -> None:
+    def __init__(self, request_id: str, code: str, reason: str, usage: Usage | None = None) -> None:
         super().__init__(f"request {request_id} {code}: {reason}")
         self.request_id = request_id
         self.code = code
         self.reason = reason
+        self.usage = usage
 
 
 class StartFailed(FramemeshError):

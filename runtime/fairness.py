@@ -20,6 +20,9 @@ URGENT_S = 1.0
 """A request that must start within this many seconds to meet its deadline goes before all that have time; so does one
 that is late by no more: predictions are not that exact."""
 
+PATIENCE_S = 600.0
+"""A request that has waited so long, and R / AGEING for its own R seconds, goes before every priority of its key."""
+
 Rank = tuple[float, float, float]
 
 
@@ -38,6 +41,8 @@ class WaitingLine:
     _records: dict[str, tuple[Rank, RequestRecord]] = field(default_factory=dict)
     _by_slack: list[tuple[float, str]] = field(default_factory=list)
     """(latest start, id) of those with a deadline."""
+    _by_patience: list[tuple[float, str]] = field(default_factory=list)
+    """(when it has waited too long, id)."""
 
     def add(self, record: RequestRecord) -> None:
         rank = order(record, self.policy)
@@ -47,6 +52,7 @@ class WaitingLine:
         self._records[record.id] = (rank, record)
         if record.deadline < math.inf:
             bisect.insort(self._by_slack, (record.deadline - record.remaining_s, record.id))
+        bisect.insort(self._by_patience, (patient_until(record), record.id))
 
     def remove(self, record: RequestRecord) -> None:
         rank, _ = self._records.pop(record.id)
@@ -54,9 +60,14 @@ class WaitingLine:
         del self._entries[place], self._seconds[place]
         if record.deadline < math.inf:
             self._by_slack.remove((record.deadline - record.remaining_s, record.id))
+        self._by_patience.remove((patient_until(record), record.id))
 
     def first(self, now: float) -> RequestRecord:
-        """Whoever has to start now to meet its deadline, else the policy's first. Priority goes before both."""
+        """Whoever has waited too long; else whoever has to start now to meet its deadline, but priority goes before
+        that; else the policy's first."""
+        until, oldest = self._by_patience[0]
+        if until <= now and self.policy != "fifo":
+            return self._records[oldest][1]
         head = self._records[self._entries[0][1]][1]
         if self.policy == "srpt":
             place = bisect.bisect_right(self._by_slack, (now - URGENT_S, ""))
@@ -96,8 +107,16 @@ def order(record: RequestRecord, policy: str) -> Rank:
     return (-float(record.request.priority), slack, aged)
 
 
+def patient_until(record: RequestRecord) -> float:
+    """From then on it goes first: no stream of higher priorities or shorter requests keeps it waiting for ever."""
+    return record.arrived + PATIENCE_S + record.remaining_s / AGEING
+
+
 def turn(record: RequestRecord, policy: str, now: float) -> Rank:
-    """`order` at the present: under srpt, within a priority, whoever has to start now goes first."""
+    """`order` at the present: whoever has waited too long goes first, under srpt, within a priority, whoever has to
+    start now."""
+    if patient_until(record) <= now and policy != "fifo":
+        return (-math.inf, 0.0, patient_until(record))
     priority, slack, aged = order(record, policy)
     if policy == "srpt" and abs(record.deadline - record.remaining_s - now) < URGENT_S:
         return (priority, -1.0, record.deadline - record.remaining_s)

@@ -1,10 +1,10 @@
 """Every message on every socket, one union per direction. Small Structs only; tensors never travel here.
 
-    gateway    -> scheduler   GatewayHello Submit Cancel Stored Grant
+    gateway    -> scheduler   GatewayHello Submit Cancel Stored Grant Observe
     worker     -> scheduler   WorkerHello Ready Heartbeat Done ItemFailed Checkpointed CheckpointFailed
     supervisor -> scheduler   SupervisorHello Drain
     observer   -> scheduler   Observe Cancel Drain
-    scheduler  -> gateway     Welcome MeshState Progress Completed Failed Cancelled
+    scheduler  -> gateway     Welcome MeshState Progress Completed Failed Cancelled Status
     scheduler  -> worker      Welcome Encode Denoise Decode Checkpoint Release Shutdown
     scheduler  -> supervisor  Welcome MeshState Fence
     scheduler  -> observer    Welcome Status
@@ -114,6 +114,12 @@ class Request(msgspec.Struct, frozen=True):
     """W3C trace context of that call."""
     previews: Times = 0
     """Latent previews that are wanted while it is denoised, evenly spread."""
+    images: Annotated[tuple[Place, ...], Meta(max_length=64)] = ()
+    """Files of the pictures that it starts from, in the caller's order; empty unless the card takes some."""
+    mask: Place = ""
+    """File that is transparent where the first picture may change."""
+    markup: Place = ""
+    """File that is drawn over the first picture, to say what to change."""
 
 
 class GatewayHello(Message, frozen=True):
@@ -156,15 +162,15 @@ class Progress(Message, frozen=True):
 
 
 class Usage(msgspec.Struct, frozen=True):
-    """What a request took of the mesh."""
+    """What a request took of the mesh, as the scheduler that ended it saw it."""
 
-    queue_s: float = 0.0
+    queue_s: Seconds = 0.0
     """Seconds in line, all attempts together."""
-    rank_seconds: float = 0.0
-    """Seconds of work times ranks; a shared item is split evenly among its requests."""
-    attempts: int = 0
+    rank_seconds: Seconds = 0.0
+    """Measured seconds of its items times their ranks; a shared item is split evenly among its requests."""
+    attempts: Times = 0
     """How often it was started."""
-    peak_memory_bytes: int = 0
+    peak_memory_bytes: Int63 = 0
     """Of the fullest rank while it ran; 0: not known."""
 
 
@@ -179,11 +185,13 @@ class Failed(Message, frozen=True):
     request_id: Id
     code: Word
     reason: str
+    usage: Usage = Usage()
 
 
 class Cancelled(Message, frozen=True):
     request_id: Id
     reason: str
+    usage: Usage = Usage()
 
 
 class MeshState(Message, frozen=True):
@@ -322,6 +330,8 @@ class Done(Message, frozen=True):
     seq: Int63
     started: Seconds
     finished: Seconds
+    peak_bytes: Int63 = 0
+    """Most memory that the rank held during the item; on CPUs, during its process's life. 0: not known."""
 
 
 class ItemFailed(Message, frozen=True):
@@ -424,6 +434,8 @@ class RankStatus(msgspec.Struct, frozen=True):
     held_bytes: int = 0
     budget_bytes: int = 0
     """For the states of requests; 0: not known."""
+    peak_bytes: int = 0
+    """Most memory that it held during its last item, weights and all; 0: not known."""
 
 
 class JobStatus(msgspec.Struct, frozen=True):
@@ -455,6 +467,28 @@ class StepTime(msgspec.Struct, frozen=True):
     predicted_s: float
 
 
+class Buckets(msgspec.Struct, frozen=True):
+    """How values are spread: one count per upper bound, and one for what is above the last."""
+
+    bounds: tuple[float, ...] = ()
+    counts: tuple[int, ...] = (0,)
+    total: float = 0.0
+    """The sum of the values."""
+
+
+class Totals(msgspec.Struct, frozen=True):
+    """What a mesh did since its scheduler started."""
+
+    step_seconds: Buckets = Buckets()
+    """Measured seconds of each denoising step of a batch."""
+    batch_sizes: Buckets = Buckets()
+    """Requests in each denoise item."""
+    cost_errors: dict[str, Buckets] = {}
+    """By kind of item: |predicted - measured| / measured."""
+    rank_seconds: dict[str, float] = {}
+    """Measured seconds times ranks by `Request.key`; of very many keys the later ones are one."""
+
+
 class Status(Message, frozen=True):
     """A snapshot of one mesh."""
 
@@ -479,15 +513,16 @@ class Status(Message, frozen=True):
     dropped: int
     """Messages dropped because they could not be read."""
     draining: bool = False
+    totals: Totals = Totals()
 
 
-FromGateway = GatewayHello | Submit | Cancel | Stored | Grant
+FromGateway = GatewayHello | Submit | Cancel | Stored | Grant | Observe
 FromWorker = WorkerHello | Ready | Heartbeat | Done | ItemFailed | Checkpointed | CheckpointFailed
 FromSupervisor = SupervisorHello | Drain
 FromObserver = Observe | Cancel | Drain
 ToScheduler = FromGateway | FromWorker | FromSupervisor | FromObserver
 
-ToGateway = Welcome | MeshState | Progress | Completed | Failed | Cancelled
+ToGateway = Welcome | MeshState | Progress | Completed | Failed | Cancelled | Status
 ToWorker = Welcome | WorkItem | Shutdown
 ToSupervisor = Welcome | MeshState | Fence
 ToObserver = Welcome | Status

@@ -8,7 +8,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from runtime.protocol import Request, SavedState
+from runtime.protocol import Request, SavedState, Usage
 
 
 class Stage(StrEnum):
@@ -76,6 +76,10 @@ class RequestRecord:
     cancel_reason: str | None = None
     stored: bool = False
     """The gateway has all its frames."""
+    rank_seconds: float = 0.0
+    """Measured seconds of its items so far times their ranks; its even share of those that it was not alone in."""
+    peak_bytes: int = 0
+    """Most memory that a rank held during one of its items."""
     entered: list[tuple[Stage, float]] = field(default_factory=list)
     """Every stage in turn, with the time when it began."""
 
@@ -131,3 +135,8 @@ class RequestRecord:
             if stage not in ENDED:
                 spent[str(stage)] = spent.get(str(stage), 0.0) + end - start
         return spent | {"total": now - self.arrived}
+
+    def usage(self, now: float) -> Usage:
+        """What it took of the mesh so far."""
+        starts = sum(stage is Stage.ENCODE for stage, _ in self.entered)
+        return Usage(self.timings(now)[str(Stage.QUEUED)], self.rank_seconds, starts, self.peak_bytes)

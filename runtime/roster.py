@@ -25,6 +25,8 @@ class Rank:
     last_seen: float
     ready: bool = False
     memory_budget: int = 0
+    peak_bytes: int = 0
+    """Most memory that it held during its last item."""
 
 
 @dataclass(frozen=True)

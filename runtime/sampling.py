@@ -65,6 +65,12 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     """Seconds after which it is no longer wanted."""
 
 
+def preview_steps(num_steps: int, previews: int) -> tuple[int, ...]:
+    """After which steps previews are due: evenly spread, none after the last step, whose frames come anyway."""
+    ideal = (round(number * num_steps / (previews + 1)) for number in range(1, previews + 1))
+    return tuple(sorted({step for step in ideal if 0 < step < num_steps}))
+
+
 def check_terms(priority: int | None, timeout_s: float | None, key: str = "") -> Terms:
     """The terms of a request in the caller's words; None means the default.
 

@@ -46,6 +46,7 @@ from runtime.protocol import (
 from runtime.queue import Queue
 from runtime.recovery import GUILTY_AFTER, SUSPECT_AFTER, LossLog
 from runtime.request import ACTIVE, ENDED, RequestRecord, Stage
+from runtime.totals import Tally
 
 ITEM_SECONDS = 0.1
 """An item lasts about this long by prediction: the bound for cancel and for another request's turn."""
@@ -75,6 +76,8 @@ class Running:
     """No other item runs beside it."""
     measured: bool = False
     """The prediction comes from items of this very kind, shape and batch."""
+    peak_bytes: int = 0
+    """Of the fullest rank that has reported."""
 
 
 @dataclass
@@ -102,6 +105,7 @@ class Scheduler:
     memory: MemoryLedger = field(init=False)
     predictions: Predictions = field(init=False)
     running: dict[int, Running] = field(default_factory=dict)
+    tally: Tally = field(default_factory=Tally)
     _requests: dict[str, RequestRecord] = field(default_factory=dict)
     _active: dict[str, RequestRecord] = field(default_factory=dict)
     _queue: Queue = field(init=False)
@@ -151,11 +155,16 @@ class Scheduler:
             elif gateway != record.gateway and gateway in self._gateways:
                 self._adopt(record, gateway, request.attempt, now)
 
-    def cancel(self, request_id: str, reason: str, now: float) -> None:
-        """Queued work ends now, running work when its item does."""
+    def cancel(self, request_id: str, reason: str, now: float, gateway: bytes | None = None) -> None:
+        """Queued work ends now, running work when its item does.
+
+        A gateway cancels what is its own: one from which another took a request over has nothing to say about it.
+        """
         record = self._requests.get(request_id)
         if record is None:
             self._forget_saved(request_id)
+            return
+        if gateway not in {None, record.gateway}:
             return
         record.cancel_reason = reason
         self._settle(record, now)
@@ -198,13 +207,14 @@ class Scheduler:
         saved = not self._errands.saving or now >= self._drain_until + SAVE_S
         return not self._requests or (self._time_up and saved)
 
-    def completed(self, rank: int, seq: int, seconds: float, now: float) -> None:
+    def completed(self, rank: int, seq: int, seconds: float, now: float, peak_bytes: int = 0) -> None:
         """A rank is done with an item; the item is over when all its ranks are."""
         running = self.running.get(seq)
         if running is None:
             return
         running.waiting.discard(rank)
         running.seconds = max(running.seconds, seconds)
+        running.peak_bytes = max(running.peak_bytes, peak_bytes)
         if not running.waiting:
             del self.running[seq]
             if 0 in running.item.ranks:
@@ -587,11 +597,21 @@ class Scheduler:
                 self._gateways.give_back(records[0].gateway, item.chunks)
             self._item_failed(item, records, *running.failure, now)
             return
+        self._book(running, records)
         self.predictions.observe(item, records[0].request.params, running.seconds)
         for record in records:
             self._advance(record, item, now)
             if not self._settle(record, now):
                 self._report(record)
+
+    def _book(self, running: Running, records: list[RequestRecord]) -> None:
+        """What a finished item took, on its requests and their accounts; a rank waits for the slowest of its item."""
+        self.tally.item(running.item, running.seconds, running.predicted_s)
+        share = running.seconds * len(running.item.ranks) / len(records)
+        for record in records:
+            record.rank_seconds += share
+            record.peak_bytes = max(record.peak_bytes, running.peak_bytes)
+            self.tally.charge(record.key, share)
 
     def _item_failed(
         self, item: Encode | Denoise | Decode, records: list[RequestRecord], code: str, reason: str, now: float
@@ -654,13 +674,15 @@ class Scheduler:
         if record.running or not self._is_over(record):
             return False
         if record.stored:
-            self._end(record, Stage.COMPLETED, Completed(record.id, record.timings(now)), now)
+            completed = Completed(record.id, record.timings(now), record.usage(now))
+            self._end(record, Stage.COMPLETED, completed, now)
         else:
-            self._end(record, Stage.CANCELLED, Cancelled(record.id, record.cancel_reason or ""), now)
+            cancelled = Cancelled(record.id, record.cancel_reason or "", record.usage(now))
+            self._end(record, Stage.CANCELLED, cancelled, now)
         return True
 
     def _fail(self, record: RequestRecord, code: str, reason: str, now: float) -> None:
-        self._end(record, Stage.FAILED, Failed(record.id, code, reason), now)
+        self._end(record, Stage.FAILED, Failed(record.id, code, reason, record.usage(now)), now)
 
     def _end(self, record: RequestRecord, stage: Stage, news: News, now: float) -> None:
         assert stage in ENDED

@@ -37,6 +37,7 @@ class RankEntry(Protocol):
     hello: WorkerHello
     last_seen: float
     ready: bool
+    peak_bytes: int
 
 
 @dataclass
@@ -88,6 +89,7 @@ def take_status(
         stale=stale,
         dropped=dropped,
         draining=scheduler.draining,
+        totals=scheduler.tally.totals,
     )
 
 
@@ -108,7 +110,8 @@ def _rank(
     hello = entry.hello
     if running is None:
         doing = "idle" if entry.ready else "loading the model"
-        return RankStatus(number, hello.host, hello.pid, entry.ready, silent, doing, (), 0.0, 0.0, held, budget)
+        load = (0.0, 0.0, held, budget, entry.peak_bytes)
+        return RankStatus(number, hello.host, hello.pid, entry.ready, silent, doing, (), *load)
     return RankStatus(
         number,
         hello.host,
@@ -121,6 +124,7 @@ def _rank(
         running.predicted_s,
         held,
         budget,
+        entry.peak_bytes,
     )
 
 

@@ -27,25 +27,32 @@ from runtime.protocol import (
     FromScheduler,
     GatewayHello,
     Grant,
+    JobStatus,
     MeshState,
     ModelInfo,
+    Observe,
     Progress,
+    RankStatus,
     Request,
+    Status,
+    StepTime,
     Stored,
     Submit,
     SupervisorHello,
     TokenizerExport,
     ToScheduler,
+    Totals,
+    Usage,
     Welcome,
 )
-from runtime.sampling import ResolvedParams
+from runtime.sampling import ResolvedParams, preview_steps
 from runtime.wire import Channel, incarnation
 
 MODEL_FOLDER = Path(__file__).parent.parent / "workers" / "demo" / "model"
 EPOCH = 4711
 BEAT_S = 1.0
 """Every gateway is written to at least so often."""
-HELLOS = GatewayHello | SupervisorHello
+HELLOS = GatewayHello | SupervisorHello | Observe
 
 
 def demo_model() -> ModelInfo:
@@ -70,6 +77,11 @@ def moving_frames(params: ResolvedParams) -> np.ndarray:
         left = 2 * number % (params.width - 16)
         frame[16:32, left : left + 16] = 220
     return frames
+
+
+def preview_brightness(step: int) -> int:
+    """Of every pixel of the preview after so many steps."""
+    return 20 + 8 * step
 
 
 @dataclass
@@ -98,18 +110,25 @@ class FakeMesh:
     """Marks at which requests stop until `release()`."""
     failures: dict[str, tuple[str, str]] = field(default_factory=dict)
     """Mark -> (code, reason): what happens to the requests that come to it."""
-    credits: int = 0
     most_credits: int = 0
     """A gateway that gives back more than it took exceeds what it granted first."""
     chunks: list[tuple[str, int, int]] = field(default_factory=list)
     """(request, attempt, first frame) of every chunk that was sent."""
     repeats: list[str] = field(default_factory=list)
     """Requests of which the next chunk is sent twice."""
+    previews: list[tuple[str, int, int]] = field(default_factory=list)
+    """(request, attempt, step) of every preview that was sent."""
     epoch: int = EPOCH
     beats: bool = True
     stale: int = 0
     draining: bool = False
     gave_up: str = ""
+    looks: int = 0
+    """How often somebody asked how things stand."""
+    blind: bool = False
+    """Nobody is told."""
+    totals: Totals = field(default_factory=Totals)
+    """What it says that it did."""
     hellos: list[int] = field(default_factory=list)
     """The epoch in which each gateway's hello came."""
 
@@ -118,6 +137,7 @@ class FakeMesh:
         self.card: Card = card_for(self.model.configs)
         self._running: dict[str, _Running] = {}
         self._gateways: dict[bytes, str] = {}
+        self._credits: dict[bytes, int] = {}
         self._frames: dict[str, Channel[FramesChunk, ToScheduler]] = {}
         self._ended = threading.Event()
         self._announce = threading.Event()
@@ -134,6 +154,11 @@ class FakeMesh:
     @property
     def endpoint(self) -> str:
         return f"ipc://{self.folder}/scheduler"
+
+    @property
+    def credits(self) -> int:
+        """Of the gateway that came last."""
+        return next(reversed(self._credits.values()), 0)
 
     def close(self) -> None:
         self._ended.set()
@@ -185,7 +210,7 @@ class FakeMesh:
 
     def _come_back(self) -> None:
         self.epoch += 1
-        self.credits = 0
+        self._credits.clear()
         self._bind()
 
     def _lose_worker(self) -> None:
@@ -252,7 +277,7 @@ class FakeMesh:
             case GatewayHello():
                 self.hellos.append(self.epoch)
                 if sender not in self._gateways:
-                    self.credits = message.credits
+                    self._credits[sender] = message.credits
                 self._gateways[sender] = message.frames_endpoint
                 self._tell(sender, Welcome(self.epoch))
                 self._tell(sender, self._state())
@@ -263,18 +288,28 @@ class FakeMesh:
                     self._take(request, sender)
             case Drain():
                 self._drain()
+            case Observe():
+                self._answer(sender)
             case Cancel():
                 self.cancelled.append(message.request_id)
-                running = self._running.pop(message.request_id, None)
-                if running is not None:
+                running = self._running.get(message.request_id)
+                if running is not None and running.gateway == sender:
+                    del self._running[message.request_id]
                     self._tell(sender, Cancelled(message.request_id, message.reason))
             case Stored():
                 self.stored.append(message.request_id)
-                if message.request_id in self._running:
-                    self._running[message.request_id].stored = True
+                running = self._running.get(message.request_id)
+                if running is not None and running.gateway == sender:
+                    running.stored = True
             case Grant():
-                self.credits += message.credits
+                self._credits[sender] = self._credits.get(sender, 0) + message.credits
                 self.most_credits = max(self.most_credits, self.credits)
+
+    def _answer(self, observer: bytes) -> None:
+        self.looks += 1
+        if not self.blind:
+            self._tell(observer, Welcome(self.epoch))
+            self._tell(observer, self.status())
 
     def _take(self, request: Request, gateway: bytes) -> None:
         """A request that runs already goes on for the gateway that asks for it now."""
@@ -304,6 +339,34 @@ class FakeMesh:
             return MeshState(False, "the workers are starting", 1, 2)
         return MeshState(True, "ready", 2, 2, self.model)
 
+    def status(self) -> Status:
+        """Two ranks that do nothing, whatever runs."""
+        state = self._state()
+        return Status(
+            epoch=self.epoch,
+            ready=state.ready,
+            reason=state.reason,
+            layout=self.model.layout,
+            policy="srpt",
+            model=self.model.name,
+            losses=3,
+            ranks=tuple(
+                RankStatus(rank, "here", 100 + rank, self.ready, 0.1, "idle", (), 0.0, 0.0, 10, 100, 1000)
+                for rank in range(2)
+            ),
+            jobs=tuple(
+                JobStatus(one.request.id, one.request.key, one.mark.partition(":")[0], 0, 4, 1.0, 0.0, 1.0)
+                for one in self._running.values()
+            ),
+            queued={},
+            step_times=(StepTime("denoise", 2, 5, 0.1, 0.2),),
+            cost_error=0.25,
+            stale=self.stale,
+            dropped=0,
+            draining=self.draining,
+            totals=self.totals,
+        )
+
     def _may_go_on(self, running: _Running) -> bool:
         return running.mark not in self.held and (running.mark != "deliver" or running.stored)
 
@@ -313,7 +376,7 @@ class FakeMesh:
         running.mark = next(running.life, "end")
         if running.mark in self.failures:
             code, reason = self.failures[running.mark]
-            self._tell(running.gateway, Failed(running.request.id, code, reason))
+            self._tell(running.gateway, Failed(running.request.id, code, reason, Usage(0.1, 0.7, 3, 5_000_000)))
         if running.mark in {"end", *self.failures}:
             self._running.pop(running.request.id, None)
 
@@ -328,20 +391,23 @@ class FakeMesh:
         yield "queued"
         tell("encode", 0, steps, 3.0)
         yield "encode"
+        due = preview_steps(steps, request.previews)
         for step in range(steps + 1):
             tell("denoise", step, steps, 2.0 * (steps - step) / steps + 1)
+            if step in due:
+                self._send_preview(gateway, request, step)
             time.sleep(self.steps_sleep_s)
             yield f"denoise:{step}"
         tell("decode", 0, len(chunks), 1.0)
         frames, first = moving_frames(request.params), 0
         for number, count in enumerate(chunks, 1):
-            while self.credits < 1:
+            while self._credits.get(gateway, 0) < 1:
                 yield "starved"
-            self.credits -= 1
+            self._credits[gateway] -= 1
             self._send_frames(gateway, request, frames[first : first + count], first)
             if request.id in self.repeats:
                 self.repeats.remove(request.id)
-                self.credits -= 1
+                self._credits[gateway] -= 1
                 self._send_frames(gateway, request, frames[first : first + count], first)
             first += count
             tell("deliver" if number == len(chunks) else "decode", number, len(chunks), 1.0)
@@ -349,16 +415,28 @@ class FakeMesh:
         yield "deliver"
         self.completed.append(request.id)
         timings = {"queued": 0.1, "encode": 0.2, "denoise": 0.5, "decode": 0.2, "total": 1.0}
-        self._tell(gateway, Completed(request.id, timings))
+        self._tell(gateway, Completed(request.id, timings, Usage(0.1, 1.8, request.attempt + 1, 5_000_000)))
 
     def _send_frames(self, gateway: bytes, request: Request, pixels: np.ndarray, first: int) -> None:
-        endpoint = self._gateways.get(gateway)
-        if endpoint is None:
-            return
-        if endpoint not in self._frames:
-            self._frames[endpoint] = Channel.connect(endpoint, ToScheduler, incarnation("frames"))
         count, height, width, _ = pixels.shape
         total, timings = request.params.num_frames, {"encode": 0.2, "denoise": 0.5}
         chunk = FramesChunk(request.id, request.attempt, first, count, total, height, width, timings)
-        self.chunks.append((request.id, request.attempt, first))
+        if self._send_chunk(gateway, chunk, pixels):
+            self.chunks.append((request.id, request.attempt, first))
+
+    def _send_preview(self, gateway: bytes, request: Request, step: int) -> None:
+        """As coarse as latents are, its brightness tells the step."""
+        height, width = request.params.height // 8, request.params.width // 8
+        pixels = np.full((1, height, width, 3), preview_brightness(step), np.uint8)
+        chunk = FramesChunk(request.id, request.attempt, 0, 1, 1, height, width, kind="preview", step=step)
+        if self._send_chunk(gateway, chunk, pixels):
+            self.previews.append((request.id, request.attempt, step))
+
+    def _send_chunk(self, gateway: bytes, chunk: FramesChunk, pixels: np.ndarray) -> bool:
+        endpoint = self._gateways.get(gateway)
+        if endpoint is None:
+            return False
+        if endpoint not in self._frames:
+            self._frames[endpoint] = Channel.connect(endpoint, ToScheduler, incarnation("frames"))
         self._frames[endpoint].send(chunk, payload=np.ascontiguousarray(pixels).data)
+        return True

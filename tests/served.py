@@ -16,7 +16,7 @@ import psutil
 import uvicorn
 from fake_mesh import FakeMesh
 
-from gateway.__main__ import listen
+from gateway.__main__ import listen, store_url
 from gateway.app import create_app
 from gateway.catalog import Catalog, Model
 from gateway.jobs.runner import JobRunner
@@ -52,7 +52,7 @@ class Gateway:
         frames = f"ipc://{self.fake.folder}/frames{id(self)}"
         mesh = Mesh(self.fake.endpoint, frames, batching_delay_s=self.config.batching_delay_ms / 1000)
         catalog = Catalog([Model(self.config.model_name, self.fake.card, mesh)])
-        store = JobStore(f"sqlite:///{self.config.output_path}/jobs.sqlite3")
+        store = JobStore(store_url(self.config), lease_s=self.config.job_lease)
         self.app = create_app(self.config, catalog, store, max_body_bytes=self._max_body_bytes)
         settings = uvicorn.Config(self.app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(settings)
@@ -78,6 +78,10 @@ class Gateway:
             return work()
 
         return asyncio.run_coroutine_threadsafe(main(), self._loop).result(5)
+
+    def await_(self, work):
+        """What a coroutine of the gateway's comes to."""
+        return asyncio.run_coroutine_threadsafe(work, self._loop).result(5)
 
     def tasks(self) -> set[str]:
         return self.call(lambda: {task.get_name() for task in asyncio.all_tasks() - {asyncio.current_task()}})

@@ -330,6 +330,11 @@ def test_a_pickle_beside_safetensors_is_ignored(folder):
         ),
         ("model_index", {"_class_name": None}, "no native family runs None"),
         ("model_index", {"_class_name": ["code", "MyPipeline"]}, "no native family runs ['code', 'MyPipeline']"),
+        (
+            "model_index",
+            {"scheduler": ["diffusers", "FlowMatchHeunDiscreteScheduler"]},
+            "its FlowMatchHeunDiscreteScheduler evaluates the model several times a step",
+        ),
         ("model_index", {"boundary_ratio": 0.9}, "two-expert Wan 2.2"),
         ("model_index", {"expand_timesteps": True}, "Wan 2.2 TI2V"),
         ("transformer", {"image_dim": 1280}, "image-to-video"),

@@ -117,8 +117,7 @@ def test_a_submit_that_meets_a_drain_on_the_way_waits_in_the_store(start, fake, 
     gateway.wait(gateway.create(num_frames=1))
     fake.draining = True  # and nobody was told
     ids = [gateway.create(), gateway.create()]
-    live = gateway.runner._live
-    eventually(lambda: all(gateway.call(lambda name=name: live[name].task.done()) for name in ids))
+    eventually(lambda: not gateway.call(gateway.runner.working_on))
     assert [gateway.video(video_id)["status"] for video_id in ids] == ["queued", "queued"]
     with gateway.follow(ids[0]) as following:
         assert gateway.http.post(f"/v1/videos/{ids[0]}/cancel").json()["status"] == "cancelled"

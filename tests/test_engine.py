@@ -20,6 +20,7 @@ from runtime.engine import Engine
 from runtime.layout import Layout
 from runtime.models.card import card_for
 from runtime.protocol import (
+    Cancel,
     Cancelled,
     Checkpoint,
     Checkpointed,
@@ -266,7 +267,8 @@ def test_a_failed_item_ends_its_request_and_the_mesh_lives_on(stage):
     item = shared(ranks, Encode)
     ranks[0].send(ItemFailed(0, item.seq, "internal_error", "boom", group_broken=False))
     ranks[1].done(item)
-    assert gateway.expect(Failed) == Failed("r1", "internal_error", "boom")
+    failed = gateway.expect(Failed)
+    assert failed == Failed("r1", "internal_error", "boom", failed.usage)
     assert shared(ranks, Release).request_ids == ("r1",)
     gateway.send(Submit((request("r2"),)))
     assert shared(ranks, Encode).requests[0].id == "r2"
@@ -529,6 +531,22 @@ def test_a_gateway_that_dies_while_its_request_waits_for_it_is_noticed(stage, mo
     gateway.channel.close()
     assert shared(ranks, Release).request_ids == ("r1",)
     eventually(lambda: stage.scheduler.idle)
+
+
+def test_a_request_is_cancelled_by_the_gateway_that_has_it_or_by_an_observer(stage):
+    """One that slept while another took its request over leaves it alone when it wakes up."""
+    old, new = stage.gateway(b"old"), stage.gateway(b"new")
+    old.send(Submit((request("r1"), request("r2"))))
+    old.expect(Progress, lambda news: news.request_id == "r2")
+    new.send(Submit((request("r1"), request("r2"))))
+    new.expect(Progress, lambda news: news.request_id == "r2")
+    old.send(Cancel("r1", "the submitter left"))
+    new.hears_none(Cancelled)
+    new.send(Cancel("r1", "enough"))
+    assert new.expect(Cancelled).reason == "enough"
+    observer = stage.enter(Peer(stage.endpoint, b"observer"))
+    observer.send(Cancel("r2", "by hand"))
+    assert new.expect(Cancelled).reason == "by hand"
 
 
 def test_a_timeout_passes_though_nothing_happens(stage):

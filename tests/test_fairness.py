@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import CARD
 
-from runtime.fairness import AGEING, URGENT_S, FairShare, WaitingLine, order, turn
+from runtime.fairness import AGEING, PATIENCE_S, URGENT_S, FairShare, WaitingLine, order, patient_until, turn
 from runtime.protocol import Request
 from runtime.request import RequestRecord
 from runtime.sampling import SamplingParams
@@ -150,6 +150,16 @@ def test_urgency_does_not_go_before_priority():
     assert line.first(0.0).id == "head"
 
 
+@pytest.mark.parametrize("policy", ["srpt", "deadline"])
+def test_patience_ends_before_priority(policy):
+    low, high = record("low", remaining=2.0), record("high", remaining=1.0, arrived=700.0, priority=9)
+    line, limit = line_of(policy, low, high), PATIENCE_S + 2.0 / AGEING
+    assert patient_until(low) == limit
+    assert line.first(limit - 1).id == "high"
+    assert line.first(limit).id == "low"
+    assert min([low, high], key=lambda each: turn(each, policy, limit)) is low
+
+
 RECORDS = st.lists(
     st.tuples(st.floats(0.1, 50), st.floats(0, 100), st.integers(0, 2), st.none() | st.floats(0.1, 100)),
     min_size=1,
@@ -158,7 +168,7 @@ RECORDS = st.lists(
 
 
 @settings(max_examples=150, deadline=None, derandomize=True)
-@given(RECORDS, st.sampled_from(["fifo", "srpt", "deadline"]), st.randoms(use_true_random=False), st.floats(0, 150))
+@given(RECORDS, st.sampled_from(["fifo", "srpt", "deadline"]), st.randoms(use_true_random=False), st.floats(0, 3000))
 def test_a_line_is_what_sorting_would_give(rows, policy, random, now):
     records = [
         record(f"r{n}", remaining=left, arrived=arrived, priority=priority, timeout_s=timeout)
@@ -184,4 +194,4 @@ def test_a_line_is_what_sorting_would_give(rows, policy, random, now):
 
 def test_no_deadline_is_no_urgency():
     assert record("a").deadline == math.inf
-    assert turn(record("a"), "srpt", 1e9) == order(record("a"), "srpt")
+    assert turn(record("a"), "srpt", 500.0) == order(record("a"), "srpt")

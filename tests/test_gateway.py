@@ -9,6 +9,7 @@ import io
 import json
 import os
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from gateway.__main__ import listen
 from gateway.body import unbracket
 from gateway.jobs import runner as runner_module
-from gateway.jobs.store import JobStore
+from gateway.jobs.database import Database
 from gateway.media.mp4 import read_frames
 from gateway.mesh import FRAME_CREDITS
 from gateway.stream import EventLog
@@ -94,7 +95,7 @@ def test_one_request_in_every_form_is_one_request(gateway, fake):
 JPEG_FILE = ("cat.jpg", b"\xff\xd8\xff", "image/jpeg")
 REFUSED = [
     ({"json": {"prompt": "a", "sede": 1}}, 400, "sede", "unknown_parameter", "did you mean seed?"),
-    ({"json": {"prompt": "a", "user": "me"}}, 400, "user", "unknown_parameter", "no parameter"),
+    ({"json": {"prompt": "a", "quality": "hd"}}, 400, "quality", "unknown_parameter", "no parameter"),
     ({"json": {"seed": 1}}, 400, "prompt", "missing_required_parameter", "required"),
     ({"json": {"prompt": " "}}, 400, "prompt", "missing_required_parameter", "empty"),
     ({"json": {"prompt": 3}}, 400, "prompt", "invalid_value", "string"),
@@ -123,11 +124,11 @@ REFUSED = [
     ({"json": {"prompt": "a", "extra_body": [1]}}, 400, "extra_body", "invalid_value", "object"),
     ({"json": {"prompt": "a", "extra_params": "{"}}, 400, "extra_params", "invalid_json", "JSON"),
     ({"json": {"prompt": "a", "input_reference": {"image_url": "http://x"}}}, 400, "input_reference",
-     "unsupported_parameter", "no image"),
+     "image_input_not_supported", "text alone"),
     ({"files": {"prompt": (None, "a"), "input_reference": JPEG_FILE}}, 400, "input_reference",
-     "unsupported_parameter", "no image"),
+     "invalid_image", "PNG, JPEG or WebP"),
     ({"files": {"prompt": (None, "a"), "input_reference[image_url]": (None, "x")}}, 400, "input_reference",
-     "unsupported_parameter", "no image"),
+     "invalid_url", "https://"),
     ({"files": {"prompt": JPEG_FILE}}, 400, "prompt", "invalid_value", "string"),
     ({"files": [("prompt", (None, "a")), ("prompt", (None, "b"))]}, 400, "prompt", "invalid_value", "twice"),
     ({"files": {"prompt[]": (None, "a")}}, 400, "prompt", "invalid_value", "string"),
@@ -437,14 +438,14 @@ def test_an_error_of_ours_is_an_internal_error_and_the_gateway_lives_on(gateway,
 
 @pytest.mark.parametrize("failures", [{}, {"denoise:2": ("out_of_memory", "too large")}])
 def test_readers_hear_of_the_end_even_if_the_store_is_broken(gateway, fake, monkeypatch, logs, failures):
-    def broken(store, work):
+    def broken(database, work, until):
         raise SQLAlchemyError("the disk is gone")
 
     fake.held, fake.failures = {"denoise:1"}, failures
     video_id = gateway.create()
     with gateway.follow(video_id) as following, monkeypatch.context() as patch:
         fake.wait_for("denoise:1")
-        patch.setattr(JobStore, "_transact", broken)
+        patch.setattr(Database, "_transact", broken)
         fake.release()
         assert list(following)[-1][2]["error"]["code"] == "internal_error"
     assert gateway.runner._live == {}
@@ -560,6 +561,7 @@ def test_an_idempotency_key_never_runs_twice(gateway, fake):
     assert post("b").json()["id"] != first["id"]
     refused = post("a", num_frames=5)
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "Idempotency-Key")
+    gateway.wait(post("b").json()["id"])
     assert len(fake.submitted) == 2
 
 
@@ -573,7 +575,7 @@ def test_after_a_restart_unfinished_jobs_run_again_under_the_same_id(start, fake
     first.wait(done_before)
     ids = [first.create(seed=number) for number in range(2)]
     fake.wait_for("decode:2")
-    assert (first.videos / f"{ids[0]}.fragments.mp4").exists()
+    eventually((first.videos / f"{ids[0]}.fragments.mp4").exists)
     first.close()
     fake.release()
     submitted = len(fake.submitted)
@@ -786,3 +788,10 @@ def test_an_address_that_is_taken_is_said_in_one_line():
         port = taken.getsockname()[1]
         with pytest.raises(StartFailed, match=rf"^cannot listen on 127.0.0.1:{port}: Address already in use$"):
             listen("127.0.0.1", port)
+
+
+def test_an_answers_body_does_not_wait_for_the_acknowledgement_of_its_head():
+    with listen("127.0.0.1", 0) as listening, socket.create_connection(listening.getsockname()):
+        accepted, _ = listening.accept()
+        with accepted:
+            assert accepted.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)

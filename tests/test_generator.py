@@ -22,6 +22,16 @@ def test_frames_equal_diffusers(mesh):
     assert set(result.metadata["timings"]) == {"encode", "denoise", "decode"}
 
 
+def test_what_it_took_is_what_the_ranks_measured(mesh):
+    result = mesh.generate(PROMPT, seed=2, num_inference_steps=8)
+    usage, timings = result.usage, result.metadata["timings"]
+    # Both ranks encode and denoise, one decodes; an item is longer than the compute that rank 0 clocked in it.
+    least = 2 * (timings["encode"] + timings["denoise"]) + timings["decode"]
+    assert 0.9 * least < usage.rank_seconds < 2 * least + 1.0
+    assert (usage.attempts, usage.queue_s >= 0) == (1, True)
+    assert 50e6 < usage.peak_memory_bytes < 50e9
+
+
 def test_frames_arrive_in_order_while_decoding_goes_on(mesh):
     events = list(mesh.stream(SamplingParams(prompt=PROMPT, seed=1, num_inference_steps=6, num_frames=33)))
     frames = [event for event in events if isinstance(event, Frames)]

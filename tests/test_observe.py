@@ -15,6 +15,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import structlog
 from fake_mesh import EPOCH, demo_model
 from rich.console import Console
 
@@ -120,6 +121,13 @@ class LiveScheduler:
             getattr(peer, "channel", None) and peer.channel.close()
             isinstance(peer, Observer) and peer.__exit__(None, None, None)
         self.folder.remove()
+
+
+@pytest.fixture(autouse=True)
+def logs():
+    """What was logged; structlog's own default writes it among what the commands print."""
+    with structlog.testing.capture_logs() as logs:
+        yield logs
 
 
 @pytest.fixture(autouse=True)
@@ -263,7 +271,8 @@ def test_a_queued_request_is_cancelled_by_its_beginning(live):
     gateway = live.gateway("video_1a", "video_2b")
     until(observer, lambda status: status.queued)
     assert observer.cancel("video_2", "why not") == ("video_2b", True)
-    assert gateway.wait_for(Cancelled) == Cancelled("video_2b", "why not")
+    cancelled = gateway.wait_for(Cancelled)
+    assert cancelled == Cancelled("video_2b", "why not", cancelled.usage)
     gateway.channel.send(Submit((Request("video_1c", CARD.check(SamplingParams(prompt="a", seed=1))),)))
     until(observer, lambda status: len(status.jobs) == 2)
     with pytest.raises(InvalidInput, match="the beginning of several"):
@@ -281,7 +290,8 @@ def test_a_running_request_ends_with_its_item(live, monkeypatch):
     assert observer.cancel("a", "why not") == ("a", False)
     assert observer.look().jobs[0].cancelling
     finish(workers, encode, 0.1)
-    assert gateway.wait_for(Cancelled) == Cancelled("a", "why not")
+    cancelled = gateway.wait_for(Cancelled)
+    assert cancelled == Cancelled("a", "why not", cancelled.usage)
     assert observer.look().jobs == ()
 
 

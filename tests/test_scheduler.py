@@ -15,7 +15,7 @@ from simulation import CARD, SECONDS, KnownCost, Simulation, State, bytes_of, id
 import runtime.fairness
 from runtime.checkpoints import UNCLAIMED_S
 from runtime.cost import Constants, CostModel, Line
-from runtime.fairness import AGEING
+from runtime.fairness import AGEING, PATIENCE_S, patient_until
 from runtime.protocol import (
     Cancelled,
     Checkpoint,
@@ -27,6 +27,7 @@ from runtime.protocol import (
     Progress,
     Release,
     SavedState,
+    Usage,
 )
 from runtime.scheduler import ITEM_SECONDS, MAX_ACTIVE
 
@@ -396,6 +397,21 @@ def test_a_short_request_overtakes_a_long_one_within_an_item(mesh):
     assert mesh.states["video"].steps <= 15
 
 
+def test_low_priority_outlasts_a_stream_of_high_priority():
+    mesh = Simulation(num_ranks=1, cost=KnownCost(growth=1.0))
+    mesh.join()
+    mesh.submit("low", steps=10, priority=-1)
+    limit = patient_until(mesh.scheduler.requests["low"])
+    number = 0
+    while "low" not in mesh.ends:
+        while sum(request.startswith("high") for request in mesh.scheduler.requests) < 2:
+            mesh.submit(f"high{number}", steps=500, frames=1, priority=1)
+            number += 1
+        mesh.run(until=iter([False, True]).__next__)
+        assert mesh.now <= limit + 10.0, "it starves"
+    assert mesh.now > PATIENCE_S, "the stream did not go first at all"
+
+
 @pytest.mark.parametrize("growth", [1.0, 0.1])
 def test_ageing_bounds_the_wait_of_a_long_request(growth):
     """A stream of shorter ones that keeps the mesh busy: whoever comes (R - r) / AGEING later goes behind it."""
@@ -537,7 +553,7 @@ def test_a_timeout_ends_queued_work_on_time(mesh):
     assert mesh.ends == {}
     mesh.now = 5.0
     mesh.settle()
-    assert mesh.ends == {"a": Cancelled("a", "its timeout of 5 s passed in the queued stage")}
+    assert mesh.ends == {"a": Cancelled("a", "its timeout of 5 s passed in the queued stage", Usage(queue_s=5.0))}
     assert mesh.scheduler.next_deadline() == 9.0
 
 
@@ -741,7 +757,7 @@ def test_cancel_of_running_work_ends_after_its_item_with_a_release(mesh, kind):
     assert mesh.ends == {}
     assert len(mesh.items) == before
     mesh.finish(item)
-    assert mesh.ends == {"a": Cancelled("a", "why not")}
+    assert mesh.ends == {"a": Cancelled("a", "why not", mesh.ends["a"].usage)}
     assert [ids_of(later) for later in mesh.items[before:]] == [("a",)]
     assert isinstance(mesh.items[-1], Release)
     mesh.run()
@@ -778,7 +794,7 @@ def test_a_failed_item_of_one_request_ends_it_when_every_rank_reported(mesh):
     mesh.report(0, item.seq, ("internal_error", "boom"))
     assert mesh.ends == {}
     mesh.report(1, item.seq)
-    assert mesh.ends == {"a": Failed("a", "internal_error", "boom")}
+    assert mesh.ends == {"a": Failed("a", "internal_error", "boom", mesh.ends["a"].usage)}
     assert [ids_of(later) for later in mesh.items_of(Release)] == [("a",)]
     mesh.run()
     assert isinstance(mesh.ends["b"], Completed)
@@ -799,7 +815,7 @@ def test_a_failed_encode_is_repeated_one_by_one(mesh):
         while mesh.gateways[b"g"].inbox:
             mesh.consume(b"g")
     assert [ids_of(item) for item in mesh.items_of(Encode)][:2] == [("a", "b"), ("a",)]
-    assert mesh.ends["b"] == Failed("b", "internal_error", "boom")
+    assert mesh.ends["b"] == Failed("b", "internal_error", "boom", mesh.ends["b"].usage)
     mesh.run()
     assert {type(mesh.ends[name]) for name in "ac"} == {Completed}
 
@@ -1118,7 +1134,7 @@ def test_a_lost_gateways_requests_end_after_a_while_and_no_others():
     assert mesh.states["a"].steps == 6
     mesh.now = mesh.scheduler.next_deadline()
     mesh.settle()
-    assert mesh.ends["a"] == Cancelled("a", "its gateway is gone")
+    assert mesh.ends["a"] == Cancelled("a", "its gateway is gone", mesh.ends["a"].usage)
     assert mesh.states == {}
 
 

@@ -66,6 +66,33 @@ def test_the_wheel_generates_a_video_outside_the_checkout(clean_venv, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_migrations_of_the_job_store_are_in_the_wheel(clean_venv, tmp_path):
+    script = """if True:
+        import asyncio, gateway
+        from gateway.jobs.store import JobStore
+
+        async def main():
+            store = JobStore("sqlite:///jobs.sqlite3")
+            await store.open()
+            print(gateway.__file__, len((await store.list()).jobs))
+            await store.close()
+
+        asyncio.run(main())
+    """
+    done = subprocess.run(
+        [clean_venv / "bin" / "python", "-P", "-c", script],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert str(clean_venv) in done.stdout
+    assert done.stdout.split()[-1] == "0"
+
+
+@pytest.mark.slow
 def test_the_four_names_come_from_the_wheel(clean_venv, tmp_path):
     script = "import runtime, workers, gateway, launch, framemesh; print(runtime.__file__, framemesh.__file__)"
     done = subprocess.run(

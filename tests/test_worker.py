@@ -9,8 +9,11 @@ import weakref
 from pathlib import Path
 from types import SimpleNamespace
 
+import psutil
 import pytest
+import structlog
 import torch
+from msgspec.structs import replace
 from single_rank import ALONE, GIB, STEPS, SingleRank, a_seat
 from tiny_wan import DEMO, build_tiny_wan
 
@@ -283,6 +286,47 @@ def test_the_old_decoder_is_gone_before_the_new_one_is_made(mesh, rank, monkeypa
         mesh.decode(request, chunks=1)
     assert alive == [[], [False], [False, False]]
     mesh.pictures(3)
+
+
+# ---- what a rank tells of its work -------------------------------------------------------------------------------
+
+
+def test_every_item_is_reported_with_the_memory_that_it_took(mesh, rank):
+    request = rank.request("r")
+    done = [mesh.encode(request), mesh.denoise(STEPS, "r"), mesh.decode(request)]
+    mesh.pictures(len(mesh.chunks_of(request)))
+    peaks = [one.peak_bytes for one in done]
+    assert peaks == sorted(peaks), "on a CPU the process's own peak, which never falls"
+    assert psutil.Process().memory_info().rss / 4 < peaks[0] < psutil.virtual_memory().total
+
+
+def test_a_line_for_every_stage_of_a_request_ties_it_to_the_call(mesh, rank):
+    request = replace(rank.request("r"), trace="req_1", traceparent=f"00-{'ab' * 16}-{'cd' * 8}-01")
+    with structlog.testing.capture_logs() as logs:
+        mesh.encode(request)
+        mesh.denoise(1, "r")
+        mesh.denoise(STEPS - 1, "r")
+        mesh.decode(request, chunks=1)
+        mesh.decode(request, first_chunk=1)
+        mesh.pictures(len(mesh.chunks_of(request)))
+        # The next report says that everything before it was told.
+        mesh.encode(rank.request("next"))
+    ours = [entry for entry in logs if entry.get("request") == "r"]
+    assert [(entry["stage"], entry["log_level"]) for entry in ours] == [
+        ("encode", "debug"), ("denoise", "debug"), ("decode", "debug")
+    ]  # fmt: skip
+    assert {(entry["trace"], entry["trace_id"]) for entry in ours} == {("req_1", "ab" * 16)}
+    assert all(entry["s"] > 0 for entry in ours)
+
+
+def test_a_failed_item_names_its_requests_and_their_calls(mesh, rank, broken):
+    mesh.encode(replace(rank.request("r"), trace="req_1"), rank.request("s"))
+    broken(rank.family.denoiser, fail)
+    with structlog.testing.capture_logs() as logs:
+        mesh.denoise(1, "r", "s", expect=ItemFailed)
+    (told,) = [entry for entry in logs if entry["event"] == "item failed"]
+    assert told["requests"] == [{"request": "r", "trace": "req_1"}, {"request": "s"}]
+    assert "it broke" in told["traceback"]
 
 
 # ---- epochs ------------------------------------------------------------------------------------------------------

@@ -28,7 +28,6 @@ SOLVER_FIELDS: dict[str, tuple[str, ...]] = {
     "UniPCMultistepScheduler": ("_step_index", "lower_order_nums", "this_order", "model_outputs", "last_sample"),
     "DPMSolverMultistepScheduler": ("_step_index", "lower_order_nums", "model_outputs"),
     "FlowMatchEulerDiscreteScheduler": ("_step_index",),
-    "FlowMatchHeunDiscreteScheduler": ("_step_index", "prev_derivative", "dt", "sample"),
     "EulerDiscreteScheduler": ("_step_index",),
     "EulerAncestralDiscreteScheduler": ("_step_index",),
     "DDIMScheduler": (),

@@ -10,21 +10,27 @@ import traceback
 
 import torch
 
+from runtime.diary import trace_of
 from runtime.errors import CheckpointUnusable, PeerGone
 from runtime.log import get_logger
 from runtime.protocol import (
+    Decode,
+    Denoise,
     Done,
+    Encode,
     FromScheduler,
     Heartbeat,
     ItemFailed,
     Ready,
     Release,
+    Request,
     Shutdown,
     Welcome,
     WorkItem,
 )
 from runtime.wire import Channel
 from workers.executor import Executor
+from workers.peak import peak_bytes, reset_peak
 from workers.seat import Seat, WorkerChannel
 from workers.spool import Spool
 
@@ -116,13 +122,15 @@ class Worker:
 
     def _work(self, item: WorkItem) -> None:
         self._heart.busy_seq = item.seq
+        reset_peak()
         started = time.monotonic()
         try:
             self._executor.run(item)
         except Exception as error:
             self._failed(item, error)
         else:
-            self._channel.send(Done(self._seat.rank, item.seq, started, time.monotonic()))
+            self._channel.send(Done(self._seat.rank, item.seq, started, time.monotonic(), peak_bytes()))
+            self._log_stages(item)
         finally:
             self._heart.busy_seq = -1
 
@@ -130,12 +138,46 @@ class Worker:
         """Report it, and go on where no other rank can wait for us."""
         code, reason = failure_code(error), describe(error)
         broken = self._executor.in_collectives and len(item.ranks) > 1
-        log.error("item failed", seq=item.seq, error=str(error), trace="".join(traceback.format_exception(error)))
+        told = "".join(traceback.format_exception(error))
+        log.error("item failed", seq=item.seq, error=str(error), traceback=told, requests=self._described(item))
         if not broken:
             _forget_tensors(error)
         self._channel.send(ItemFailed(self._seat.rank, item.seq, code, reason, broken))
         if broken:
             raise GroupBroken(reason) from error
+
+    def _log_stages(self, item: WorkItem) -> None:
+        """A line for each request that has come to the end of a stage with this item."""
+        for request in self._requests_of(item):
+            state = self._executor.states.get(request.id)
+            if state is None:
+                continue
+            match item:
+                case Encode():
+                    stage = "encode"
+                case Denoise() if state.step == state.params.num_inference_steps:
+                    stage = "denoise"
+                case Decode() if state.frames_sent == state.params.num_frames:
+                    stage = "decode"
+                case _:
+                    continue
+            seconds = round(state.timings.get(stage, 0.0), 4)
+            log.debug("stage done", request=request.id, stage=stage, s=seconds, **trace_of(request))
+
+    def _described(self, item: WorkItem) -> list[dict[str, str]]:
+        """Of the item's requests their ids, and what ties them to the calls behind them."""
+        return [{"request": request.id} | trace_of(request) for request in self._requests_of(item)]
+
+    def _requests_of(self, item: WorkItem) -> list[Request]:
+        """Those of an item that this rank knows."""
+        match item:
+            case Encode():
+                return list(item.requests)
+            case Decode():
+                ids: tuple[str, ...] = (item.request_id,)
+            case _:
+                ids = item.request_ids
+        return [self._executor.states[one].request for one in ids if one in self._executor.states]
 
 
 def failure_code(error: Exception) -> str:

@@ -1,57 +1,262 @@
-"""Where a job's files lie, and one job's video while it is made. Knows neither the store nor the mesh."""
+"""Where results lie, and one job's video while it is made. Knows neither the store nor the mesh.
+
+OUTPUT/videos/video_….fragments.mp4     grows while a job runs; always on this host
+OUTPUT/videos/video_….mp4               the finished file; with a bucket it lies there instead, under videos/
+OUTPUT/videos/video_….thumbnail.webp    derived files, made when somebody asks; always on this host
+OUTPUT/images/image_….png               pictures that were asked for by URL; with a bucket there, under images/
+OUTPUT/cache/video_….mp4                copies of what lies in the bucket, for whoever has to read a file
+"""
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import os
 import re
+import secrets
+from collections.abc import AsyncIterator, Iterable, Sequence, Set
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from gateway.jobs.bucket import Bucket, StorageFailed, Stored
 from gateway.jobs.store import Job
 from gateway.media.metadata import generation_metadata
 from gateway.media.mp4 import FragmentWriter, read_frames, remux_faststart
+from runtime.errors import RequestFailed
+from runtime.log import get_logger
 
 VIDEO_ID = re.compile(r"video_[0-9a-f]+")
+IMAGE_ID = re.compile(r"image_[0-9a-f]+")
+DERIVED = re.compile(r"[a-z0-9_-]+\.[a-z0-9]+")
+FINISHED = (".mp4", ".webm", ".gif", ".zip")
+"""Endings of finished videos."""
+STILLS = (".png", ".webp", ".jpeg")
+MEDIA_TYPES = {
+    ".mp4": "video/mp4",
+    ".webm": "video/webm",
+    ".gif": "image/gif",
+    ".zip": "application/zip",
+    ".png": "image/png",
+    ".webp": "image/webp",
+    ".jpeg": "image/jpeg",
+    ".jpg": "image/jpeg",
+}
+RESULTS = frozenset({*FINISHED, *STILLS})
+PAGE = 500
+"""Files that are looked up in the store at once."""
+STORAGE_FAILED = "storage_failed"
+"""The code of requests whose result could not be stored."""
+
+log = get_logger("outputs")
+
+
+@dataclass(frozen=True)
+class OldFile:
+    """A file that may have outlived what it was made for."""
+
+    owner: str
+    """The id at the beginning of its name."""
+    file: Path | Stored
+    modified_at: float
+    """Seconds since the epoch."""
+
+    @property
+    def is_result(self) -> bool:
+        """A finished video or picture, not something on the way to one."""
+        return self.file.name.partition(self.owner)[2] in RESULTS
 
 
 class Outputs:
-    """The folder ``<output_path>/videos``: a file that grows while a job runs, and the finished one after it."""
+    """The folder of results, and the bucket that finished files go to if there is one."""
 
-    def __init__(self, output_path: Path) -> None:
+    def __init__(self, output_path: Path, bucket: Bucket | None = None) -> None:
         self._folder = output_path / "videos"
+        self._images = output_path / "images"
+        self._cache = output_path / "cache"
+        self._bucket = bucket
 
-    def open(self) -> None:
-        self._folder.mkdir(parents=True, exist_ok=True)
+    async def open(self) -> None:
+        """Raises `StartFailed` if results could not be stored."""
+        for folder in (self._folder, self._images):
+            folder.mkdir(parents=True, exist_ok=True)
+        if self._bucket is not None:
+            await self._bucket.check()
 
     def fragments(self, video_id: str) -> Path:
         """The fragmented MP4 that grows with every chunk of frames."""
         return self._place(video_id, ".fragments.mp4")
 
     def final(self, video_id: str) -> Path:
-        """The MP4 to hand out: it appears whole, with its index in front, or not at all."""
+        """Where the MP4 to hand out appears: whole, with its index in front, or not at all."""
         return self._place(video_id, ".mp4")
+
+    def derived(self, video_id: str, name: str) -> Path:
+        """Where something made from a finished video may be kept, e.g. ``thumbnail.webp``; it goes with the video."""
+        if not DERIVED.fullmatch(name) or name.startswith("fragments."):
+            raise ValueError(f"{name!r} is no name of a derived file")
+        return self._place(video_id, f".{name}")
+
+    async def keep(self, video_id: str, file_name: str) -> None:
+        """Bring a finished file from its place in the folder to where it stays.
+
+        Raises:
+            RequestFailed: the bucket did not take it.
+        """
+        if self._bucket is None:
+            return
+        path = self._folder / file_name
+        try:
+            await self._bucket.put(f"videos/{file_name}", path, media_type_of(file_name))
+        except StorageFailed as error:
+            raise RequestFailed(video_id, STORAGE_FAILED, str(error)) from error
+        await asyncio.to_thread(path.unlink)
+
+    async def recover(self, video_id: str, file_name: str) -> bool:
+        """Whether the finished file of a job whose end was not noted is there; it is where it stays then.
+
+        Raises:
+            StorageFailed: the bucket does not answer.
+            RequestFailed: the bucket did not take it.
+        """
+        if await asyncio.to_thread((self._folder / file_name).exists):
+            await self.keep(video_id, file_name)
+            return True
+        return self._bucket is not None and await self._bucket.head(f"videos/{file_name}") is not None
+
+    async def video(self, file_name: str) -> Path | Stored | None:
+        """A finished video, wherever it lies.
+
+        Raises:
+            StorageFailed: the bucket does not answer.
+        """
+        return await self._locate(self._folder, file_name)
+
+    async def keep_image(self, image_id: str, suffix: str, content: bytes) -> None:
+        """Store a picture, to be found by its id.
+
+        Raises:
+            RequestFailed: it could not be stored.
+        """
+        name = f"{_checked(image_id, IMAGE_ID)}{suffix}"
+        if self._bucket is None:
+            await asyncio.to_thread(_write, self._images / name, content)
+            return
+        try:
+            await self._bucket.put(f"images/{name}", content, media_type_of(name))
+        except StorageFailed as error:
+            raise RequestFailed(image_id, STORAGE_FAILED, str(error)) from error
+
+    async def image(self, image_id: str) -> Path | Stored | None:
+        """A picture by its id; None as well for what is no id.
+
+        Raises:
+            StorageFailed: the bucket does not answer.
+        """
+        if not IMAGE_ID.fullmatch(image_id):
+            return None
+        for suffix in STILLS:
+            found = await self._locate(self._images, image_id + suffix)
+            if found is not None:
+                return found
+        return None
+
+    def stream(self, stored: Stored, first: int, end: int) -> AsyncIterator[bytes]:
+        """Bytes of a file in the bucket; raises `StorageFailed`."""
+        assert self._bucket is not None
+        return self._bucket.read(stored.name, first, end)
+
+    async def sign(self, stored: Stored, seconds: float) -> str:
+        """A URL of a file in the bucket, good for some time."""
+        assert self._bucket is not None
+        return await self._bucket.sign(stored.name, seconds)
+
+    def local_copy(self, file_name: str) -> Path:
+        """A finished video as a file of this host; blocks while it is fetched.
+
+        Raises:
+            FileNotFoundError: there is no such video.
+            StorageFailed: the bucket does not answer.
+        """
+        path = self._folder / file_name
+        if self._bucket is None or path.exists():
+            return path
+        cached = self._cache / file_name
+        if not cached.exists():
+            self._bucket.fetch(f"videos/{file_name}", cached)
+        with contextlib.suppress(FileNotFoundError):
+            os.utime(cached)  # the sweeper takes what was not used for some time
+        return cached
 
     def read(self, video_id: str, first: int, count: int) -> NDArray[np.uint8]:
         """Up to `count` frames from number `first` on, of a running or a finished job; blocks.
 
         Raises:
-            FileNotFoundError: nothing was written, or it was deleted.
+            FileNotFoundError: nothing was written, it was deleted, or the bucket does not answer.
         """
         try:
             return read_frames(self.fragments(video_id), first, count)
         except FileNotFoundError:
             # They go only after the final file has come, so looking in this order never falls between the two.
-            return read_frames(self.final(video_id), first, count)
+            try:
+                return read_frames(self.local_copy(self.final(video_id).name), first, count)
+            except StorageFailed as error:
+                raise FileNotFoundError(str(error)) from error
 
-    def delete(self, video_id: str) -> None:
-        for path in (self.fragments(video_id), self.final(video_id)):
-            path.unlink(missing_ok=True)
+    async def clear(self, *video_ids: str) -> None:
+        """Remove from this host everything of some videos."""
+        wanted = {_checked(video_id, VIDEO_ID) for video_id in video_ids}
+        await asyncio.to_thread(_unlink_of, wanted, (self._folder, self._cache))
+
+    async def delete(self, *video_ids: str) -> None:
+        """Remove everything of some videos, on this host and in the bucket; what the bucket keeps is logged."""
+        await self.clear(*video_ids)
+        await self._delete_stored([f"videos/{video_id}{suffix}" for video_id in video_ids for suffix in FINISHED])
+
+    async def old_files(self, kind: Literal["videos", "images"], moment: float) -> AsyncIterator[Sequence[OldFile]]:
+        """Files that were last written before a moment (seconds since the epoch), by pages.
+
+        Raises:
+            StorageFailed: the bucket does not answer.
+        """
+        folder, pattern = (self._folder, VIDEO_ID) if kind == "videos" else (self._images, IMAGE_ID)
+        found = await asyncio.to_thread(_old_files, folder, pattern, moment)
+        for start in range(0, len(found), PAGE):
+            yield found[start : start + PAGE]
+        if self._bucket is not None:
+            async for page in self._bucket.list(kind, PAGE):
+                named = [(pattern.match(stored.name.removeprefix(f"{kind}/")), stored) for stored in page]
+                old = [OldFile(match[0], stored, stored.modified_at) for match, stored in named if match]
+                yield [file for file in old if file.modified_at < moment]
+
+    async def discard(self, files: Sequence[OldFile]) -> None:
+        """Remove single files; what the bucket keeps is logged."""
+        await asyncio.to_thread(_unlink, [old.file for old in files if isinstance(old.file, Path)])
+        await self._delete_stored([old.file.name for old in files if isinstance(old.file, Stored)])
+
+    async def trim_cache(self, moment: float) -> None:
+        """Forget copies that were last used before a moment."""
+        await self.discard(await asyncio.to_thread(_old_files, self._cache, VIDEO_ID, moment))
+
+    async def _delete_stored(self, names: Sequence[str]) -> None:
+        if self._bucket is None or not names:
+            return
+        try:
+            await self._bucket.delete(names)
+        except StorageFailed as error:
+            log.warning("files stay in the bucket", names=names[:4], reason=str(error))
+
+    async def _locate(self, folder: Path, name: str) -> Path | Stored | None:
+        path = folder / name
+        if await asyncio.to_thread(path.is_file):
+            return path
+        return None if self._bucket is None else await self._bucket.head(f"{folder.name}/{name}")
 
     def _place(self, video_id: str, suffix: str) -> Path:
-        if not VIDEO_ID.fullmatch(video_id):
-            raise ValueError(f"{video_id!r} is no video id")
-        return self._folder / f"{video_id}{suffix}"
+        return self._folder / f"{_checked(video_id, VIDEO_ID)}{suffix}"
 
 
 class Recording:
@@ -81,3 +286,49 @@ class Recording:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def media_type_of(file_name: str) -> str:
+    """By its ending, for everything that we make."""
+    return MEDIA_TYPES[Path(file_name).suffix]
+
+
+def _checked(name: str, pattern: re.Pattern[str]) -> str:
+    """Every path is made of an id that holds nothing but letters and digits, so none leaves the folder."""
+    if not pattern.fullmatch(name):
+        raise ValueError(f"{name!r} is no {pattern.pattern.partition('_')[0]} id")
+    return name
+
+
+def _write(path: Path, content: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _unlink(paths: Iterable[Path]) -> None:
+    for path in paths:
+        path.unlink(missing_ok=True)
+
+
+def _unlink_of(owners: Set[str], folders: Iterable[Path]) -> None:
+    """One look at each folder, however many ids there are."""
+    for folder in folders:
+        with contextlib.suppress(FileNotFoundError):
+            _unlink([folder / name for name in os.listdir(folder) if name.partition(".")[0] in owners])
+
+
+def _old_files(folder: Path, pattern: re.Pattern[str], moment: float) -> list[OldFile]:
+    """Only what bears an id of ours is ours to delete."""
+    found = []
+    with contextlib.suppress(FileNotFoundError), os.scandir(folder) as entries:
+        for entry in entries:
+            match = pattern.match(entry.name)
+            with contextlib.suppress(FileNotFoundError):
+                if match and entry.is_file(follow_symlinks=False) and entry.stat().st_mtime < moment:
+                    found.append(OldFile(match[0], Path(entry.path), entry.stat().st_mtime))
+    return found

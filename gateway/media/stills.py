@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import dataclass
 from typing import Literal, get_args
 
 import numpy as np
@@ -19,6 +20,9 @@ SUFFIXES: dict[str, StillFormat] = {f".{name}": name for name in get_args(StillF
 FULL_QUALITY = 100
 EXIF_DESCRIPTION, EXIF_IFD, EXIF_USER_COMMENT = 0x010E, 0x8769, 0x9286
 
+PREVIEW_SIDE = 512
+"""Pixels of a preview's longer side at most; there is no detail in it that more would show."""
+
 GAP = 6
 BACKGROUND = (22, 22, 26)
 
@@ -28,6 +32,27 @@ def jpeg(frame: NDArray[np.uint8], quality: int = 80) -> bytes:
     sink = io.BytesIO()
     Image.fromarray(frame).save(sink, "JPEG", quality=quality)
     return sink.getvalue()
+
+
+@dataclass(frozen=True)
+class Still:
+    """A picture as a file."""
+
+    file: bytes
+    width: int
+    height: int
+
+
+def preview_still(pixels: NDArray[np.uint8], width: int, height: int) -> Still:
+    """A JPEG of a (rows, columns, 3) preview in the shape of the (height, width) picture that it is of."""
+    shrink = min(1.0, PREVIEW_SIDE / max(width, height))
+    sides = max(1, round(width * shrink)), max(1, round(height * shrink))
+    return Still(jpeg(resize(pixels, *sides)), *sides)
+
+
+def resize(frame: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+    """One (rows, columns, 3) RGB frame to (height, width, 3)."""
+    return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
 
 
 def png(frame: NDArray[np.uint8], metadata: dict[str, object] | None = None) -> bytes:

@@ -1,177 +1,194 @@
-"""/v1/images: OpenAI's Images API, answered when the pictures are there. A client that leaves cancels its request."""
+"""/v1/images: OpenAI's Images API, answered when the pictures are there, or as a stream of events while they are made.
+
+A client that leaves cancels its request.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import base64
 import contextlib
-import re
-import secrets
 import time
-from collections.abc import Coroutine
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-import msgspec
 from fastapi import APIRouter, Request
 from starlette.responses import FileResponse, Response
 
 from gateway.auth import account
 from gateway.body import read_body
-from gateway.catalog import Model
-from gateway.jobs.runner import MODEL_PATIENCE_S
-from gateway.media.metadata import generation_metadata
-from gateway.media.stills import FULL_QUALITY, still
-from gateway.mesh import Frames
-from gateway.replies import error_body, reply
-from gateway.schema import ImageCreate, resolve
-from gateway.services import Here, services
+from gateway.connection import CLIENT_LEFT, Told, event_stream, unless_client_leaves
+from gateway.jobs.store import Asked
+from gateway.media.stills import FULL_QUALITY
+from gateway.middleware import request_id
+from gateway.pictures import Commission, Partial, Picture, make_all, order, paint
+from gateway.replies import failure, failure_reply, reply, total_usage, usage_object
+from gateway.schema import LISTS, ImageCreate, ImageEdit, resolve
+from gateway.services import Here, Services, services
+from gateway.tracing import traceparent
 from runtime.errors import InvalidInput, RequestFailed
+from runtime.log import get_logger
+from runtime.protocol import Progress
 from runtime.protocol import Request as Generation
-from runtime.sampling import ResolvedParams, check_terms
-
-IMAGE_ID = re.compile(r"image_[0-9a-f]+")
-CLIENT_LEFT = 499
-"""For the access log; nobody reads the answer."""
-STATUS = {"out_of_memory": 400, "draining": 503, "gateway_lost": 503}
-"""Of a request that failed; everything else is 500."""
+from runtime.sampling import check_terms
 
 router = APIRouter(prefix="/v1/images")
+log = get_logger("images")
 
 
 @dataclass(frozen=True)
-class Picture:
-    """One finished image."""
+class Call:
+    """One call of this API, checked."""
 
-    id: str
-    file: bytes
-    seed: int
-    timings: dict[str, float]
-
-
-_BODY = {"schema": ImageCreate.model_json_schema()}
-_CREATE = {
-    "requestBody": {"required": True, "content": {"application/json": _BODY, "multipart/form-data": _BODY}},
-}
+    request: Request
+    body: ImageCreate
+    commission: Commission
+    event: str
+    """What the names of its events begin with."""
+    created: int
 
 
-@router.post("/generations", openapi_extra=_CREATE)
+def _documented(kind: type[ImageCreate], *media_types: str) -> dict[str, Any]:
+    body = {"schema": kind.model_json_schema()}
+    return {"requestBody": {"required": True, "content": dict.fromkeys(media_types, body)}}
+
+
+@router.post("/generations", openapi_extra=_documented(ImageCreate, "application/json", "multipart/form-data"))
 async def generate(request: Request, here: Here) -> Response:
-    if "idempotency-key" in request.headers:
-        raise InvalidInput("Idempotency-Key", "is for /v1/videos; an image is answered at once and not remembered")
+    """Make images of a prompt."""
+    _refuse_idempotency(request)
     body = await read_body(request, ImageCreate)
-    model = here.catalog.find(body.model)
-    params = resolve(body, model.card, here.config.max_prompt_chars)
-    created = int(time.time())
-    try:
-        pictures = await _unless_client_leaves(request, _make_all(request, model, body, params))
-    except RequestFailed as error:
-        return _failed(error)
-    if pictures is None:
-        return Response(status_code=CLIENT_LEFT)
-    return reply(await _answer(request, model, body, params, created, pictures))
+    return await _answer(await _check(request, here, body, "image_generation"))
+
+
+@router.post("/edits", openapi_extra=_documented(ImageEdit, "multipart/form-data", "application/json"))
+async def edit(request: Request, here: Here) -> Response:
+    """Make images that start from given ones.
+
+    Everything that the body holds is checked first; then a model without image input refuses it with the code
+    `image_input_not_supported`; then pictures that were given by their URLs are fetched and checked. What was checked
+    is kept below the output folder.
+    """
+    _refuse_idempotency(request)
+    body = await read_body(request, ImageEdit, LISTS)
+    return await _answer(await _check(request, here, body, "image_edit"))
 
 
 @router.get("/{image_id}/content", name="image_content", response_class=FileResponse)
-async def content(image_id: str, request: Request) -> Response:
-    folder = _folder(request)
-    found = sorted(folder.glob(f"{image_id}.*")) if IMAGE_ID.fullmatch(image_id) else []
-    if not found:
+async def content(image_id: str, request: Request, here: Here) -> Response:
+    found = await here.runner.outputs.image(image_id)
+    if found is None:
         raise InvalidInput("image_id", f"there is no image {image_id!r}", code="image_not_found")
-    media_type = f"image/{found[0].suffix.removeprefix('.')}"
-    return FileResponse(found[0], media_type=media_type, filename=found[0].name, content_disposition_type="inline")
+    return await here.delivery.send(found, request)
 
 
-async def _make_all(request: Request, model: Model, body: ImageCreate, params: ResolvedParams) -> list[Picture]:
-    """`body.n` pictures whose seeds count up; if one fails the others are cancelled."""
-    if params.seed + body.n > 2**63:
-        raise InvalidInput("seed", f"{params.seed} leaves no room for {body.n} images; take a smaller one")
-    with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(model.mesh.wait_model(), MODEL_PATIENCE_S)
-    terms = check_terms(body.priority, body.timeout, account(request))
-    first = await asyncio.to_thread(model.mesh.request, _new_image_id(), params, terms)
-    wanted = [
-        msgspec.structs.replace(first, id=_new_image_id(), params=msgspec.structs.replace(params, seed=seed))
-        for seed in range(params.seed, params.seed + body.n)
-    ]
+def _refuse_idempotency(request: Request) -> None:
+    if "idempotency-key" in request.headers:
+        raise InvalidInput("Idempotency-Key", "is for /v1/videos; an image is answered at once and not remembered")
+
+
+async def _check(request: Request, here: Services, body: ImageCreate, event: str) -> Call:
+    """Everything that can be refused before the mesh hears of it."""
+    model = here.catalog.find(body.model)
+    params = resolve(body, model.card, here.config.max_prompt_chars)
+    given = await asyncio.to_thread(body.given)
+    commission = Commission(
+        model=model,
+        params=params,
+        terms=check_terms(body.priority, body.timeout, account(request)),
+        asked=Asked(
+            request_id=request_id(request),
+            traceparent=traceparent(request),
+            user=body.user,
+            safety_identifier=body.safety_identifier,
+        ),
+        metrics=here.metrics,
+        n=body.n,
+        previews=body.partial_images,
+        inputs=await here.inputs.take(given, model.card.max_input_images),
+        kind=body.output_format,
+        quality=FULL_QUALITY if body.output_compression is None else body.output_compression,
+    )
+    return Call(request, body, commission, event, int(time.time()))
+
+
+async def _answer(call: Call) -> Response:
+    if call.body.stream:
+        (generation,) = await order(call.commission)
+        return event_stream(_tell(call, generation))
     try:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(_make(model, body, generation)) for generation in wanted]
-    except ExceptionGroup as failed:
-        raise failed.exceptions[0] from failed
-    return [task.result() for task in tasks]
+        pictures = await unless_client_leaves(call.request, make_all(call.commission))
+        entries = [await _entry(call, picture) for picture in pictures or ()]
+    except RequestFailed as error:
+        return failure_reply(error.code, error.reason)
+    if pictures is None:
+        return Response(status_code=CLIENT_LEFT)
+    answer = {"created": call.created, "data": entries} | _described(call) | await _summed(call, pictures)
+    return reply(answer)
 
 
-async def _make(model: Model, body: ImageCreate, generation: Generation) -> Picture:
-    frame, timings = None, {}
-    async with contextlib.aclosing(model.mesh.run(generation)) as events:
-        async for event in events:
-            if isinstance(event, Frames):
-                frame, timings = event.pixels[0], event.timings
-    assert frame is not None, "completed without a picture"
-    params = generation.params
-    metadata = generation_metadata(params, model.name, timings)
-    quality = FULL_QUALITY if body.output_compression is None else body.output_compression
-    file = await asyncio.to_thread(still, frame, body.output_format, metadata, quality)
-    return Picture(generation.id, file, params.seed, timings)
-
-
-async def _unless_client_leaves(request: Request, work: Coroutine[Any, Any, list[Picture]]) -> list[Picture] | None:
-    """The work's result, or None if the client closed the connection first; the work is cancelled then."""
-    made, gone = asyncio.create_task(work), asyncio.create_task(_disconnected(request))
+async def _tell(call: Call, generation: Generation) -> AsyncGenerator[Told, None]:
+    """OpenAI's events of an image, and ours if they were asked for; a failure is the last one."""
     try:
-        await asyncio.wait({made, gone}, return_when=asyncio.FIRST_COMPLETED)
-        return made.result() if made.done() else None
-    finally:
-        for task in (made, gone):
-            task.cancel()
-        await asyncio.gather(made, gone, return_exceptions=True)
+        async with contextlib.aclosing(paint(call.commission, generation)) as events:
+            async for event in events:
+                match event:
+                    case Partial(index=index, file=file):
+                        yield await _event(call, "partial_image", file, {"partial_image_index": index})
+                    case Picture():
+                        known = {"id": event.id, "seed": event.seed, "timings": event.timings}
+                        yield await _event(call, "completed", event.file, known | await _summed(call, [event]))
+                    case Progress() if call.body.wants_progress:
+                        yield _named(call, "progress", _progress(event))
+    except RequestFailed as error:
+        yield "error", {"type": "error"} | failure(error.code, error.reason)[1]
+    except Exception:
+        # The answer has begun: nobody above can still make an error of it that a client reads.
+        log.exception("an image failed in the gateway", request=generation.id, trace=generation.trace)
+        yield "error", {"type": "error"} | failure("internal_error", "the gateway failed; its log says more")[1]
 
 
-async def _disconnected(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
+async def _event(call: Call, name: str, file: bytes, known: dict[str, Any]) -> Told:
+    encoded = (await asyncio.to_thread(base64.b64encode, file)).decode()
+    return _named(call, name, {"b64_json": encoded, "created_at": call.created} | _described(call) | known)
 
 
-async def _answer(
-    request: Request, model: Model, body: ImageCreate, params: ResolvedParams, created: int, pictures: list[Picture]
-) -> dict[str, Any]:
-    """OpenAI's ImagesResponse, and what we know beyond it."""
-    return {
-        "created": created,
-        "data": [await _entry(request, body, picture) for picture in pictures],
-        "output_format": body.output_format,
+def _named(call: Call, name: str, data: dict[str, Any]) -> Told:
+    return f"{call.event}.{name}", {"type": f"{call.event}.{name}"} | data
+
+
+def _progress(event: Progress) -> dict[str, Any]:
+    told = {"stage": event.stage, "step": event.step, "total_steps": event.total_steps, "eta_s": round(event.eta_s, 3)}
+    return told | {"queue_position": event.queue_position if event.stage == "queued" else None}
+
+
+def _described(call: Call) -> dict[str, Any]:
+    """How the images of a call look, in OpenAI's words."""
+    params, body = call.commission.params, call.body
+    described = {
         "size": f"{params.width}x{params.height}",
-        "warnings": await asyncio.to_thread(model.mesh.warnings, params),
+        "quality": "auto",
+        "background": "opaque",
+        "output_format": body.output_format,
     }
+    identifier = body.safety_identifier or body.user
+    return described | ({"safety_identifier": identifier} if identifier else {})
 
 
-async def _entry(request: Request, body: ImageCreate, picture: Picture) -> dict[str, Any]:
-    known = {"id": picture.id, "seed": picture.seed, "timings": picture.timings}
-    if body.response_format == "b64_json":
+async def _summed(call: Call, pictures: Sequence[Picture]) -> dict[str, Any]:
+    """What a call took, and what there is to say about it."""
+    commission = call.commission
+    usage = total_usage(pictures[0].text_tokens, [picture.usage for picture in pictures])
+    warnings = await asyncio.to_thread(commission.model.mesh.warnings, commission.params)
+    return {"usage": usage, "warnings": warnings}
+
+
+async def _entry(call: Call, picture: Picture) -> dict[str, Any]:
+    known = {"id": picture.id, "seed": picture.seed, "timings": picture.timings, "usage": usage_object(picture.usage)}
+    if call.body.response_format == "b64_json":
         return {"b64_json": (await asyncio.to_thread(base64.b64encode, picture.file)).decode()} | known
-    path = _folder(request) / f"{picture.id}.{body.output_format}"
-    await asyncio.to_thread(_write, path, picture.file)
-    return {"url": str(request.url_for("image_content", image_id=picture.id))} | known
-
-
-def _write(path: Path, file: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(file)
-
-
-def _failed(error: RequestFailed) -> Response:
-    status = STATUS.get(error.code, 500)
-    kind = "server_error" if status >= 500 else "invalid_request_error"
-    headers = {"retry-after": "5"} if status == 503 else {"x-should-retry": "false"}
-    return reply(error_body(error.reason, kind, None, error.code), status, headers)
-
-
-def _folder(request: Request) -> Path:
-    return Path(services(request).config.output_path) / "images"
-
-
-def _new_image_id() -> str:
-    """Ordered by time, and not to be guessed from another one."""
-    return f"image_{time.time_ns():016x}{secrets.token_hex(8)}"
+    outputs, call_url = services(call.request).runner.outputs, call.request.app.url_path_for
+    await outputs.keep_image(picture.id, f".{call.body.output_format}", picture.file)
+    base = services(call.request).config.public_url or ""
+    return {"url": base.rstrip("/") + call_url("image_content", image_id=picture.id)} | known

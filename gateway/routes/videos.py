@@ -2,26 +2,31 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import functools
 from collections.abc import AsyncIterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
+import msgspec
 from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.sse import EventSourceResponse, ServerSentEvent
-from starlette.responses import FileResponse, Response
+from starlette.responses import FileResponse, Response, StreamingResponse
 
 from gateway.auth import account
-from gateway.body import read_body
-from gateway.jobs.outputs import VIDEO_ID
-from gateway.jobs.runner import JobRunner
+from gateway.body import discard_body, read_body
+from gateway.connection import CLIENT_LEFT, unless_client_leaves
+from gateway.growing import open_when_begun, stream_growing
+from gateway.jobs.bucket import Stored
+from gateway.jobs.outputs import VIDEO_ID, Outputs
 from gateway.jobs.store import Asked, Job, Order
 from gateway.middleware import request_id
-from gateway.replies import reply, video_object
-from gateway.schema import VideoCreate, resolve
-from gateway.services import Here
+from gateway.replies import error_reply, failure_reply, reply, video_object
+from gateway.schema import VideoCreate, VideoRemix, resolve
+from gateway.services import Here, Services
 from gateway.stream import tell_ended, tell_live
+from gateway.tracing import traceparent
 from runtime.errors import InvalidInput
 from runtime.sampling import check_terms
 
@@ -40,22 +45,50 @@ async def _existing(video_id: str, here: Here) -> Job:
 
 Existing = Annotated[Job, Depends(_existing)]
 
-_BODY = {"schema": VideoCreate.model_json_schema()}
-_CREATE = {
-    "requestBody": {"required": True, "content": {"application/json": _BODY, "multipart/form-data": _BODY}},
-}
+IdempotencyKey = Annotated[str | None, Header(max_length=255)]
 
 
-@router.post("", openapi_extra=_CREATE)
-async def create(
-    request: Request, here: Here, idempotency_key: Annotated[str | None, Header(max_length=255)] = None
-) -> Response:
+def _documented(kind: type[VideoCreate]) -> dict[str, Any]:
+    body = {"schema": kind.model_json_schema()}
+    return {"requestBody": {"required": True, "content": {"application/json": body, "multipart/form-data": body}}}
+
+
+@router.post("", openapi_extra=_documented(VideoCreate))
+async def create(request: Request, here: Here, idempotency_key: IdempotencyKey = None) -> Response:
     body = await read_body(request, VideoCreate)
-    model = here.catalog.find(body.model)
-    params = resolve(body, model.card, here.config.max_prompt_chars)
-    terms = check_terms(body.priority, body.timeout, account(request))
-    asked = Asked(request_id=request_id(request))
-    return reply(video_object(await here.runner.submit(model, params, terms, asked, idempotency_key)))
+    return reply(video_object(await _submit(request, here, body, idempotency_key)))
+
+
+@router.post("/sync", openapi_extra=_documented(VideoCreate), response_class=FileResponse)
+async def sync(request: Request, here: Here) -> Response:
+    """The body of POST /v1/videos, answered with the video itself.
+
+    The job is listed like any other, and cancelled if the client closes the connection before it has ended.
+    """
+    if "idempotency-key" in request.headers:
+        raise InvalidInput("Idempotency-Key", "is for /v1/videos; this job ends with the connection that asked for it")
+    job = await _submit(request, here, await read_body(request, VideoCreate), None, attached=True)
+    try:
+        ended = await unless_client_leaves(request, here.runner.wait(job.id))
+    finally:
+        # Unless it has ended, nobody waits for it any more.
+        await here.runner.cancel(job.id, "the client left")
+    return Response(status_code=CLIENT_LEFT) if ended is None else await _made(ended, request, here)
+
+
+@router.post("/edits")
+@router.post("/extensions")
+@router.post("/characters")
+async def refuse_videos(request: Request) -> Response:
+    """What starts from a video: 400 `video_input_not_supported`, whatever was asked."""
+    await discard_body(request)
+    return _no_video_input()
+
+
+@router.get("/characters/{character_id}")
+async def refuse_character(character_id: str) -> Response:
+    """Likewise: there are none."""
+    return _no_video_input()
 
 
 @router.get("")
@@ -78,9 +111,28 @@ async def retrieve(job: Existing) -> Response:
 
 
 @router.get("/{video_id}/content", response_class=FileResponse)
-async def content(job: Existing, here: Here, variant: Literal["video"] = "video") -> Response:
-    path = _finished_file(job, here.runner)
-    return FileResponse(path, media_type="video/mp4", filename=path.name, content_disposition_type="inline")
+async def content(job: Existing, request: Request, here: Here, variant: Literal["video"] = "video") -> Response:
+    return await here.delivery.send(await _finished_file(job, here.runner.outputs), request)
+
+
+@router.get("/{video_id}/stream.mp4", response_class=StreamingResponse)
+async def stream(job: Existing, request: Request, here: Here) -> Response:
+    """The video while it is made: a fragmented MP4 from its first decoded frames on, all of it for who comes late.
+
+    The answer begins with the first frames. A job that fails before them is an error, one that fails later closes the
+    connection. Of a job that has ended it is the finished file. Leaving cancels nothing.
+    """
+    log = here.runner.follow(job)
+    if log is None:
+        return await here.delivery.send(await _finished_file(job, here.runner.outputs), request)
+    begun = open_when_begun(log, here.runner.outputs.fragments(job.id))
+    file = await unless_client_leaves(request, begun)
+    if file is not None:
+        return stream_growing(file, log)
+    ended = await unless_client_leaves(request, here.runner.wait(job.id))
+    if ended is None:
+        return Response(status_code=CLIENT_LEFT)
+    return await here.delivery.send(await _finished_file(ended, here.runner.outputs), request)
 
 
 @router.get("/{video_id}/events", response_class=EventSourceResponse)
@@ -90,12 +142,27 @@ async def events(
     frames: Literal["jpeg"] | None = None,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> AsyncIterator[ServerSentEvent]:
-    log, read = here.runner.events(job.id), functools.partial(here.runner.outputs.read, job.id)
+    log, read = here.runner.follow(job), functools.partial(here.runner.outputs.read, job.id)
     with_stills = frames == "jpeg"
     told = tell_live(log, last_event_id, read, with_stills) if log else tell_ended(job, read, with_stills)
-    async with contextlib.aclosing(told):
-        async for event in told:
-            yield event
+    with here.metrics.reading_events():
+        async with contextlib.aclosing(told):
+            async for event in told:
+                yield event
+
+
+@router.post("/{video_id}/remix", openapi_extra=_documented(VideoRemix))
+async def remix(source: Existing, request: Request, here: Here, idempotency_key: IdempotencyKey = None) -> Response:
+    """The same video with another prompt, whether the source is done, still waits, or has lost its file.
+
+    Its parameters and its seed are taken over; any of them may be given to differ, and `prompt` has to be.
+    """
+    body = (await read_body(request, VideoRemix)).over(source)
+    if here.catalog.get(source.model) is None:
+        message = f"{source.id} was made by {source.model}, which this server does not have (any more)"
+        raise InvalidInput("video_id", message, code="model_not_served")
+    taken = {"images": source.asked.images} if body.input_reference is None else {}
+    return reply(video_object(await _submit(request, here, body, idempotency_key, remixed_from=source.id, **taken)))
 
 
 @router.post("/{video_id}/cancel")
@@ -110,15 +177,53 @@ async def delete(job: Existing, here: Here) -> Response:
     return reply({"id": job.id, "object": "video.deleted", "deleted": True})
 
 
-def _finished_file(job: Job, runner: JobRunner) -> Path:
+async def _submit(request: Request, here: Services, body: VideoCreate, idempotency_key: str | None, **more: Any) -> Job:
+    """Accept a job; `more` goes into its `Asked`."""
+    model = here.catalog.find(body.model)
+    params = resolve(body, model.card, here.config.max_prompt_chars)
+    kept = await here.inputs.take(await asyncio.to_thread(body.given), model.card.max_input_images)
+    terms = check_terms(body.priority, body.timeout, account(request))
+    asked = Asked(
+        request_id=request_id(request),
+        traceparent=traceparent(request),
+        previews=body.previews,
+        user=body.user,
+        safety_identifier=body.safety_identifier,
+        images=kept.images,
+        webhook_url=await here.webhooks.accept(body.webhook_url),
+    )
+    asked = msgspec.structs.replace(asked, **more)
+    drawn_seed = body.seed is None
+    return await here.runner.submit(model, params, terms, asked, idempotency_key, drawn_seed=drawn_seed)
+
+
+def _no_video_input() -> Response:
+    message = "videos are made of text here; no model of this server starts from a video"
+    return error_reply(400, message, None, "video_input_not_supported")
+
+
+async def _made(job: Job, request: Request, here: Services) -> Response:
+    """To a call that waited for a job: its video, or why there is none."""
+    headers = {"x-video-id": job.id, "x-seed": str(job.params.seed)}
+    if job.status == "completed":
+        headers["x-timings"] = msgspec.json.encode(job.timings).decode()
+        found = await _finished_file(job, here.runner.outputs)
+        answer = await here.delivery.send(found, request, may_redirect=False)
+    else:
+        answer = failure_reply(job.error_code or job.status, job.error_message or "it ended without a video")
+    answer.headers.update(headers)
+    return answer
+
+
+async def _finished_file(job: Job, outputs: Outputs) -> Path | Stored:
     if job.status != "completed":
         reason = job.error_message or f"it is {job.status.replace('_', ' ')}"
         code = f"video_{job.status}" if job.finished else "video_not_ready"
         raise InvalidInput("video_id", f"{job.id} has no content: {reason}", code=code)
-    path = runner.outputs.final(job.id)
-    if not path.is_file():
+    found = await outputs.video(job.output_file or outputs.final(job.id).name)
+    if found is None:
         raise InvalidInput("video_id", f"the file of {job.id} was removed", code="video_not_found")
-    return path
+    return found
 
 
 def _poll_after_ms(eta_s: float | None) -> int:

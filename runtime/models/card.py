@@ -47,6 +47,11 @@ class Card(Protocol):
         ...
 
     @property
+    def max_input_images(self) -> int:
+        """Pictures that a request may start from; 0 where the family reads text only."""
+        ...
+
+    @property
     def heads(self) -> int:
         """Attention heads of the denoiser: what Ulysses splits."""
         ...
@@ -100,6 +105,10 @@ FAMILIES: dict[str, Callable[[Configs], Card]] = {
 """Pipeline class in `model_index.json` -> card."""
 
 
+SEVERAL_EVALUATIONS = ("Heun", "KDPM2", "PNDM")
+"""In the names of diffusers' solvers whose timesteps are not their steps."""
+
+
 def read_configs(folder: Path) -> Configs:
     """The JSON configs of a diffusers folder.
 
@@ -145,10 +154,19 @@ def card_for(configs: Configs) -> Card:
     # A pipeline with code of its own has a list here.
     if not isinstance(name, str) or name not in FAMILIES:
         raise InvalidInput("model_path", f"no native family runs {name}; there are: {', '.join(sorted(FAMILIES))}")
+    _check_solver(configs)
     try:
         return FAMILIES[name](configs)
     except KeyError as error:
         raise InvalidInput("model_path", f"the folder's configs lack {error}, which a {name} has") from error
+
+
+def _check_solver(configs: Configs) -> None:
+    """A step here is one evaluation of the denoiser; solvers of higher order take several."""
+    _, solver = configs["model_index"].get("scheduler", (None, ""))
+    if any(word in solver for word in SEVERAL_EVALUATIONS):
+        instead = "take FlowMatchEulerDiscreteScheduler or UniPCMultistepScheduler in model_index.json"
+        raise InvalidInput("model_path", f"its {solver} evaluates the model several times a step; {instead}")
 
 
 def most_branches(card: Card) -> int:

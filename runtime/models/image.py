@@ -42,6 +42,7 @@ class ImageCard:
     task_type: str = "T2I"
     decode_streams: str = "in one piece"
     decodes_in_strips: bool = True
+    max_input_images: int = 0
 
     def check(self, params: SamplingParams) -> ResolvedParams:
         if not params.prompt.strip():

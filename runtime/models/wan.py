@@ -53,6 +53,7 @@ class WanCard:
     task_type: str = "T2V"
     decode_streams: str = "per latent frame"
     decodes_in_strips: bool = True
+    max_input_images: int = 0
 
     @staticmethod
     def from_configs(configs: dict[str, dict[str, Any]]) -> WanCard:

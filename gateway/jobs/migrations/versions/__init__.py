@@ -1,0 +1,1 @@
+"""One file per version, none of which changes once it was released."""
