@@ -21,7 +21,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,29 +49,43 @@ WIDE = {"num_frames": 81, "size": "832x480"}
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gateway", description=__doc__)
     parser.add_argument("--seconds", type=float, default=30.0, help="of submissions at each rate")
-    parser.add_argument("--minutes", type=float, default=10.0, help="of load while memory is watched; 0: not at all")
+    parser.add_argument("--minutes", type=float, default=10.0, help="of load while memory is watched")
     parser.add_argument("--rate", type=float, default=100.0, help="submissions per second")
     args = parser.parse_args()
     where = machine()
-    with tempfile.TemporaryDirectory(prefix="fmgw") as folder, served(Path(folder)) as under_test:
-        figures = asyncio.run(measure(under_test, args))
+    figures: dict[str, Any] = {"wanted": {"submit_p99_ms": 10, "chunk_to_client_ms": 50}}
+    for measure, *flags in (
+        (submissions, "--at-once", "2"),
+        (whole_jobs,),
+        (many_readers, "--step-ms", "100", "--chunk-ms", "400"),
+        (frame_path,),
+        (soak,),
+    ):
+        with tempfile.TemporaryDirectory(prefix="fmgw") as folder, served(Path(folder), *flags) as under_test:
+            figures |= asyncio.run(measured(measure, under_test, args))
     save("gateway", where, figures)
 
 
-async def measure(server: Server, args: argparse.Namespace) -> dict[str, Any]:
+async def measured(measure: Measure, server: Server, args: argparse.Namespace) -> dict[str, Any]:
+    """One of the measurements on a gateway that is warm."""
     for _ in range(3):
         await finished_video(server)
-    figures: dict[str, Any] = {"wanted": {"submit_p99_ms": 10, "chunk_to_client_ms": 50}}
-    figures["health_ms"] = await open_loop(server, args.rate, args.seconds / 3, ("GET", "/health/live", None))
-    figures["submit_ms"] = await open_loop(server, args.rate, args.seconds, ("POST", "/v1/videos", SMALL))
-    figures["submit_per_s"] = await closed_loop(server, 16, args.seconds / 3, ("POST", "/v1/videos", SMALL))
+    return await measure(server, args)
+
+
+async def submissions(server: Server, args: argparse.Namespace) -> dict[str, Any]:
+    """Jobs come much faster than the mesh makes them, and wait in line."""
+    health = await open_loop(server, args.rate, args.seconds / 3, ("GET", "/health/live", None))
+    submit = await open_loop(server, args.rate, args.seconds, ("POST", "/v1/videos", SMALL))
+    most = await closed_loop(server, 16, args.seconds / 3, ("POST", "/v1/videos", SMALL))
+    return {"health_ms": health, "submit_ms": submit, "submit_per_s": most}
+
+
+async def whole_jobs(server: Server, args: argparse.Namespace) -> dict[str, Any]:
+    """As many jobs as the gateway can encode and store; then how fast a chunk of a lone one is at its client."""
+    most = await closed_loop(server, 16, args.seconds / 3, ("POST", "/v1/videos", SMALL))
     await drained(server)
-    figures["chunk_to_client_ms"] = await chunk_to_client(server, 40)
-    figures["event_to_all_readers_ms"] = await many_readers(server)
-    figures["frame_path"] = await frame_path(server)
-    if args.minutes:
-        figures["soak"] = await soak(server, args.minutes * 60, args.rate / 4)
-    return figures
+    return {"jobs_per_s": most, "chunk_to_client_ms": await chunk_to_client(server, 40)}
 
 
 # ---- the processes -----------------------------------------------------------------------------------------------
@@ -91,11 +105,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def served(folder: Path) -> Iterator[Server]:
-    """A stand-in and a gateway over it."""
+def served(folder: Path, *flags: str) -> Iterator[Server]:
+    """A stand-in with such flags and a gateway over it."""
     sent, scheduler = folder / "sent", f"ipc://{folder}/scheduler"
-    save_frozen(Config(port=0, output_path=str(folder / "outputs"), log_level="warning"), folder / "config.json")
-    standin = subprocess.Popen([sys.executable, "-m", "bench.standin", "--bind", scheduler, "--sent", str(sent)])
+    config = Config(port=0, output_path=str(folder / "outputs"), log_level="warning", max_queue=0)
+    save_frozen(config, folder / "config.json")
+    places = ("--bind", scheduler, "--sent", str(sent))
+    standin = subprocess.Popen([sys.executable, "-m", "bench.standin", *places, *flags])
     words = ("--config", str(folder / "config.json"), "--model-folder", str(MODEL_FOLDER), "--scheduler", scheduler)
     gateway = subprocess.Popen(
         [sys.executable, "-m", "gateway", *words, "--frames", f"ipc://{folder}/frames"],
@@ -162,27 +178,36 @@ class Connection:
                     yield fields["event"], json.loads(fields["data"])
 
 
+FRESH_S = 3.0
+"""The server closes a connection that was idle for 5 s."""
+
+
 class Connections:
     """Idle connections, and new ones when there is none."""
 
     def __init__(self, server: Server) -> None:
         self._server = server
-        self._idle: list[Connection] = []
+        self._idle: list[tuple[float, Connection]] = []
+        """With the time at which each was used last, the latest at the end."""
 
     async def ask(self, method: str, path: str, body: object = None) -> Any:
-        connection = self._idle.pop() if self._idle else await Connection.open(self._server)
+        if self._idle and self._idle[-1][0] < time.monotonic() - FRESH_S:
+            self.close()
+        connection = self._idle.pop()[1] if self._idle else await Connection.open(self._server)
         answer = await connection.ask(method, path, body)
-        self._idle.append(connection)
+        self._idle.append((time.monotonic(), connection))
         return answer
 
     def close(self) -> None:
-        for connection in self._idle:
+        for _, connection in self._idle:
             connection.close()
+        self._idle.clear()
 
 
 # ---- what is measured --------------------------------------------------------------------------------------------
 
 Call = tuple[str, str, object]
+Measure = Callable[["Server", argparse.Namespace], Awaitable[dict[str, Any]]]
 
 
 async def open_loop(server: Server, rate: float, seconds: float, call: Call) -> dict[str, float]:
@@ -282,10 +307,10 @@ async def _frames_events(server: Server, video_id: str) -> list[tuple[int, float
     return told
 
 
-async def many_readers(server: Server) -> dict[str, Any]:
+async def many_readers(server: Server, _args: argparse.Namespace) -> dict[str, Any]:
     """READERS connections follow one job: from a chunk's departure to its event at each of them."""
     connection = await Connection.open(server)
-    slow = SMALL | {"num_frames": 81, "num_inference_steps": 60}
+    slow = SMALL | {"num_frames": 81, "num_inference_steps": 100}
     video_id = (await connection.ask("POST", "/v1/videos", slow))["id"]
     cpu = sum(server.gateway.cpu_times()[:2])
     began = time.monotonic()
@@ -296,21 +321,24 @@ async def many_readers(server: Server) -> dict[str, Any]:
     lags = [1000 * (at - left[video_id, first]) for events in told for first, at in events]
     core = (sum(server.gateway.cpu_times()[:2]) - cpu) / seconds
     connection.close()
-    return {"readers": READERS, "events": len(told[0]), "lag": with_p99(lags), "gateway_cores": core}
+    figures = {"readers": READERS, "frames_events": len(told[0]), "lag_ms": with_p99(lags), "gateway_cores": core}
+    return {"many_readers": figures}
 
 
-async def frame_path(server: Server) -> dict[str, Any]:
+async def frame_path(server: Server, _args: argparse.Namespace) -> dict[str, Any]:
     """Raw pixels per second from the worker's socket into a finished file, at 832x480, encoding included."""
     rates, pixels = [], 81 * 832 * 480 * 3
     for _ in range(3):
         video_id = await finished_video(server, **WIDE)
         left = [at for (request, _), at in server.sent_at().items() if request == video_id]
         rates.append(pixels / 1e6 / (time.monotonic() - min(left)))
-    return {"mb_per_s": spread(rates), "frames_per_s": spread([rate * 1e6 / (832 * 480 * 3) for rate in rates])}
+    frames = [rate * 1e6 / (832 * 480 * 3) for rate in rates]
+    return {"frame_path": {"mb_per_s": spread(rates), "frames_per_s": spread(frames)}}
 
 
-async def soak(server: Server, seconds: float, rate: float) -> dict[str, Any]:
-    """Memory and open files of the gateway under a constant load of submissions and readers."""
+async def soak(server: Server, args: argparse.Namespace) -> dict[str, Any]:
+    """Memory and open files of the gateway under a constant load of whole jobs."""
+    seconds, rate = args.minutes * 60, args.rate / 4
     samples, stop = list[Sample](), asyncio.Event()
 
     async def watch() -> None:
@@ -326,15 +354,16 @@ async def soak(server: Server, seconds: float, rate: float) -> dict[str, Any]:
     await watching
     await drained(server)
     slope = slope_within_lives(samples)
-    return {
-        "minutes": seconds / 60,
-        "submissions_per_s": rate,
+    figures = {
+        "minutes": args.minutes,
+        "jobs_per_s": rate,
         "submit_ms": latency,
         "rss_mib": spread([s.rss_mib for s in samples]),
         "rss_mib_per_hour": None if slope is None else slope[0],
         "rss_mib_per_hour_95": None if slope is None else slope[1],
         "files": spread([s.files for s in samples]),
     }
+    return {"soak": figures}
 
 
 def with_p99(values: Sequence[float]) -> dict[str, float]:

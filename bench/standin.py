@@ -1,8 +1,8 @@
 """A mesh without a model, as a process: the real protocol, no arithmetic, so that what is measured is the gateway.
 
-`python -m bench.standin --bind URL --sent FILE` takes every request at once: `steps` Progress messages `--step-ms`
-apart, then the card's chunks of noise-free frames `--chunk-ms` apart while there are credits. When each chunk left is
-noted in FILE (request, first frame, CLOCK_MONOTONIC).
+`python -m bench.standin --bind URL --sent FILE` works on `--at-once` requests, the others wait in line: `steps`
+Progress messages `--step-ms` apart, then the card's chunks of noise-free frames `--chunk-ms` apart while there are
+credits. When each chunk left is noted in FILE (request, first frame, CLOCK_MONOTONIC).
 """
 
 from __future__ import annotations
@@ -66,10 +66,14 @@ class Standin:
     sent: TextIO
     step_s: float
     chunk_s: float
+    at_once: int
     epoch: int = 1
     card: Card = field(init=False)
     model: ModelInfo = field(init=False)
     running: dict[str, Running] = field(default_factory=dict)
+    """Those in line too."""
+    line: deque[Running] = field(default_factory=deque)
+    working: int = 0
     credits: dict[bytes, int] = field(default_factory=dict)
     starved: deque[Running] = field(default_factory=deque)
     frames: dict[bytes, Channel[FramesChunk, ToScheduler]] = field(default_factory=dict)
@@ -127,10 +131,23 @@ class Standin:
     def take(self, request: Request, gateway: bytes) -> None:
         one = Running(request, gateway, gradient(request.params), list(self.card.decode_chunks(request.params)))
         self.running[request.id] = one
-        self.advance(one)
+        self.line.append(one)
+        self.tell(gateway, Progress(request.id, "queued", 0, request.params.num_inference_steps, 1.0, len(self.line)))
+        self.begin()
+
+    def begin(self) -> None:
+        while self.line and self.working < self.at_once:
+            self.working += 1
+            self.advance(self.line.popleft())
+
+    def leave(self) -> None:
+        """A request that needs no more work makes room."""
+        self.working -= 1
+        self.begin()
 
     def advance(self, one: Running) -> None:
         if one.request.id not in self.running:
+            self.leave()
             return
         steps = one.request.params.num_inference_steps
         if one.step < steps:
@@ -141,9 +158,12 @@ class Standin:
             self.at(self.step_s, lambda: self.advance(one))
         elif one.chunks:
             self.send_chunk(one)
+        else:
+            self.leave()
 
     def send_chunk(self, one: Running) -> None:
         if one.request.id not in self.running:
+            self.leave()
             return
         if not self.credits[one.gateway]:
             self.starved.append(one)
@@ -183,10 +203,11 @@ def main() -> None:
     parser.add_argument("--sent", type=Path, required=True)
     parser.add_argument("--step-ms", type=float, default=20.0)
     parser.add_argument("--chunk-ms", type=float, default=50.0)
+    parser.add_argument("--at-once", type=int, default=64)
     args = parser.parse_args()
     with args.sent.open("w") as sent:
-        channel = Channel.bind(args.bind, ToScheduler)
-        Standin(channel, sent, args.step_ms / 1000, args.chunk_ms / 1000).run()
+        channel: Channel[FromScheduler, ToScheduler] = Channel.bind(args.bind, ToScheduler)
+        Standin(channel, sent, args.step_ms / 1000, args.chunk_ms / 1000, args.at_once).run()
 
 
 if __name__ == "__main__":
