@@ -35,7 +35,7 @@ from gateway.metrics import Metrics, Timing
 from gateway.middleware import BodyLimit, Envelope
 from gateway.openapi import ERRORS, describe
 from gateway.replies import CODES, error_reply, retry_after
-from gateway.routes import adapters, health, images, models, server, tokens, videos
+from gateway.routes import adapters, health, images, models, playground, server, tokens, videos
 from gateway.services import Services, services
 from runtime.config import Config
 from runtime.errors import InvalidInput, NotReady
@@ -43,7 +43,7 @@ from runtime.log import get_logger
 
 log = get_logger("app")
 
-ROUTERS = tuple(routes.router for routes in (videos, images, adapters, models, tokens, health, server))
+ROUTERS = tuple(routes.router for routes in (videos, images, adapters, models, tokens, health, server, playground))
 MAX_BODY_BYTES = 80_000_000
 STORE_RETRY_S = 5.0
 """A database or object store that was restarted is usually back by then."""

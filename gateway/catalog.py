@@ -6,20 +6,30 @@ import asyncio
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from gateway.mesh import Mesh
-from runtime.errors import InvalidInput
+from gateway.replicas import Replicas
+from runtime.errors import InvalidInput, NotReady
 from runtime.models.card import Card
+from runtime.protocol import MeshState
 
 
 @dataclass(frozen=True)
 class Model:
-    """One model, and the mesh behind it."""
+    """One model, and the meshes behind it."""
 
     name: str
-    card: Card
-    mesh: Mesh
+    known: Card | None
+    """Its card, if there is a folder to read it from; else a mesh tells."""
+    mesh: Replicas
     aliases: tuple[str, ...] = ()
     """Further names that clients may use."""
+
+    @property
+    def card(self) -> Card:
+        """Raises NotReady while no mesh has told yet."""
+        card = self.known or self.mesh.card
+        if card is None:
+            raise NotReady(f"{self.name}: {self.mesh.state.reason}")
+        return card
 
 
 class Catalog:
@@ -42,6 +52,21 @@ class Catalog:
     def names(self) -> tuple[str, ...]:
         """Every name that a request may hold, aliases too."""
         return tuple(self._names)
+
+    @property
+    def state(self) -> MeshState:
+        """Of all models in one: ready if one is; the reason names those that are not."""
+        states = {model.name: model.mesh.state for model in self}
+        if len(states) == 1:
+            return self.default.mesh.state
+        told = "; ".join(f"{name}: {state.reason}" for name, state in states.items() if state.reason != "ready")
+        return MeshState(
+            any(state.ready for state in states.values()),
+            told or "ready",
+            sum(state.ranks_ready for state in states.values()),
+            sum(state.num_ranks for state in states.values()),
+            draining=all(state.draining for state in states.values()),
+        )
 
     def get(self, name: str) -> Model | None:
         return self._names.get(name)

@@ -10,6 +10,7 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
@@ -17,6 +18,7 @@ from runtime.apikeys import parse_keys, parse_rate
 from runtime.bounds import MAX_PROMPT_CHARS
 from runtime.errors import InvalidInput
 from runtime.layout import Heads, Layout, derive_layout
+from runtime.places import read_places
 
 Precision = Literal["fp16", "bf16", "fp32"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -60,6 +62,15 @@ class Config:
 
     num_gpus: int = 1
     """Ranks of the worker mesh: GPUs, or CPU processes where there is no GPU."""
+    replicas: int = 1
+    """Meshes of that many ranks each, side by side on this host behind one gateway."""
+    bind: str | None = None
+    """Endpoint of the scheduler for gateways elsewhere, such as tcp://10.0.0.1:5555; unset: a socket on this host."""
+    mesh: tuple[str, ...] = ()
+    """The meshes of a gateway without its own: NAME=SCHEDULER[,SCHEDULER…] for each model, one SCHEDULER a replica."""
+    frames_bind: str | None = None
+    """Where a gateway takes frames from meshes on other hosts: tcp://ADDRESS:PORT of this host, the next ports for
+    further meshes; port 0 takes free ones."""
     sp_degree: int | None = None
     """Sequence-parallel degree (ring * ulysses); unset: derived."""
     ulysses_degree: int | None = None
@@ -218,6 +229,7 @@ def check_config(config: Config) -> None:
         InvalidInput: names the field.
     """
     _check_parallel(config)
+    _check_places(config)
     _check_gateway(config)
     _check_admission(config)
     if not config.vae_config.load_decoder:
@@ -226,7 +238,7 @@ def check_config(config: Config) -> None:
         raise InvalidInput(
             "max_prompt_chars", f"{config.max_prompt_chars} is out of range; take 1 to {MAX_PROMPT_CHARS}"
         )
-    for name in ("batching_max_size", "max_active", "crash_limit"):
+    for name in ("batching_max_size", "max_active", "crash_limit", "replicas"):
         if getattr(config, name) < 1:
             raise InvalidInput(name, f"{getattr(config, name)} is too few; take 1 or more")
     for name in ("checkpoint_every_steps", "checkpoint_max_bytes", "drain_timeout"):
@@ -258,6 +270,29 @@ def _check_admission(config: Config) -> None:
         raise InvalidInput("served_model_name", "holds an empty name")
     if len(set(config.served_model_name)) < len(config.served_model_name):
         raise InvalidInput("served_model_name", "holds the same name twice")
+
+
+def _check_places(config: Config) -> None:
+    if config.mesh:
+        read_places("mesh", config.mesh)
+    for name, least in (("bind", 1), ("frames_bind", 0)):
+        endpoint = getattr(config, name)
+        if endpoint is None or (name == "bind" and endpoint.startswith("ipc://")):
+            continue
+        form = f"{endpoint} is not of the form tcp://ADDRESS:PORT"
+        try:
+            url = urlsplit(endpoint)
+            host, port = url.hostname, url.port
+        except ValueError as error:
+            raise InvalidInput(name, form) from error
+        if url.scheme != "tcp" or host is None or port is None or url.path:
+            raise InvalidInput(name, form)
+        if host in {"*", "0.0.0.0", "::"}:
+            raise InvalidInput(
+                name, f"{host} is no address to connect to; take the one under which others reach this host"
+            )
+        if port < least:
+            raise InvalidInput(name, "port 0 is a different one at each start; name one that gateways can know")
 
 
 def _check_outputs(config: Config) -> None:

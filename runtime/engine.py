@@ -11,6 +11,7 @@ from runtime.errors import PeerGone
 from runtime.log import get_logger
 from runtime.protocol import (
     Cancel,
+    Cancelled,
     Checkpointed,
     CheckpointFailed,
     Done,
@@ -124,8 +125,7 @@ class Engine:
                 self._diary.submitted(message.requests)
                 self._scheduler.submit(sender, message.requests, now)
             case Cancel():
-                gateway = sender if sender in self._gateways else None
-                self._scheduler.cancel(message.request_id, message.reason, now, gateway)
+                self._cancel(sender, message, now)
             case Stored():
                 self._scheduler.stored(sender, message.request_id, now)
             case Grant():
@@ -141,6 +141,15 @@ class Engine:
                 self._scheduler.checkpointed(message.request_id, message.saved)
             case _:
                 self._hear_rank(sender, message, now)
+
+    def _cancel(self, sender: bytes, message: Cancel, now: float) -> None:
+        """A gateway always hears that its request is over, known or not, or another gateway's since: it may wait for
+        that word."""
+        gateway = sender if sender in self._gateways else None
+        record = self._scheduler.requests.get(message.request_id)
+        self._scheduler.cancel(message.request_id, message.reason, now, gateway)
+        if gateway is not None and (record is None or record.gateway != gateway):
+            self._send(gateway, Cancelled(message.request_id, message.reason))
 
     def _hear_stale(self, sender: bytes, message: ToScheduler, now: float) -> None:
         """Somebody who knew our predecessor: it learns our epoch and says hello again."""

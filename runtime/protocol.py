@@ -528,6 +528,8 @@ class Status(Message, frozen=True):
     """Messages dropped because they could not be read."""
     draining: bool = False
     totals: Totals = Totals()
+    prefix: str = ""
+    """That of the question."""
 
 
 FromGateway = GatewayHello | Submit | Cancel | Stored | Grant | Observe

@@ -7,7 +7,6 @@ from typing import Any
 from fastapi import APIRouter
 from starlette.responses import Response
 
-from gateway.catalog import Model
 from gateway.openapi import Health, Live, Probed, answers
 from gateway.overview import readiness
 from gateway.replies import error_body, reply
@@ -28,12 +27,12 @@ async def live() -> Response:
 @router.get("/health/ready", responses=_READINESS)
 async def ready(here: Here) -> Response:
     """Ready as soon as one model is; what the others lack is told too."""
-    models = {model.name: readiness(model) for model in here.catalog}
-    of = next((name for name, about in models.items() if about["ready"]), here.catalog.default.name)
-    about = {name: models[of][name] for name in ("reason", "ranks_ready", "num_ranks")} | {"models": models}
-    if models[of]["ready"]:
+    state = here.catalog.state
+    ranks = {"ranks_ready": state.ranks_ready, "num_ranks": state.num_ranks}
+    about = {"reason": state.reason} | ranks | {"models": {model.name: readiness(model) for model in here.catalog}}
+    if state.ready:
         return reply({"status": "ready"} | about)
-    return _unavailable({"status": _status(here.catalog.find(of))} | about, "model_loading")
+    return _unavailable({"status": "draining" if state.draining else "not_ready"} | about, "model_loading")
 
 
 @router.get("/health_generate", responses=_PROBED)
@@ -45,10 +44,6 @@ async def generate(here: Here, model: str | None = None) -> Response:
     if not outcome.failure:
         return reply({"status": "ok"} | about)
     return _unavailable({"status": "failed", "reason": outcome.failure} | about, "probe_failed")
-
-
-def _status(model: Model) -> str:
-    return "draining" if model.mesh.state.draining else "not_ready"
 
 
 def _unavailable(about: dict[str, Any], code: str) -> Response:

@@ -18,14 +18,18 @@ router = APIRouter()
 
 @router.get("/v1/models", responses=answers(ModelList))
 async def list_models(here: Here) -> Response:
-    """Every name under which a model is served; `root` is the one that its answers carry."""
+    """Every name under which a model is served; `root` is the one that its answers carry. Models that are still loading
+    come by name alone; 503 until one is loaded."""
+    if all(model.mesh.model is None for model in here.catalog):
+        raise NotReady(here.catalog.state.reason)
     data = [_card(model, name) for model in here.catalog for name in (model.name, *model.aliases)]
     return reply({"object": "list", "data": data})
 
 
 @router.get("/v1/models/{model_id:path}", responses=answers(ModelObject))
 async def retrieve_model(model_id: str, here: Here) -> Response:
-    return reply(_card(here.catalog.find(model_id), model_id))
+    model = here.catalog.find(model_id)
+    return reply(_card(model, model_id) | _description(model))
 
 
 @router.get("/models", responses=answers(ModelDescription))
@@ -36,7 +40,7 @@ async def describe(here: Here) -> Response:
 
 def _card(model: Model, name: str) -> dict[str, Any]:
     known = {"id": name, "object": "model", "created": 0, "owned_by": "framemesh", "root": model.name}
-    return known | _description(model)
+    return known if model.mesh.model is None else known | _description(model)
 
 
 def _description(served: Model) -> dict[str, Any]:
