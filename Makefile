@@ -61,6 +61,7 @@ $(VENV)/.run: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.test: pyproject.toml $(VENV)/.run
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --upgrade --target $(VENV)/openai-2.8 openai==2.8.0
 	touch $@
 
 clean:
