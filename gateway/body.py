@@ -48,7 +48,8 @@ async def read_body(request: Request, kind: type[Body], lists: Collection[str] =
         InvalidInput: names the first field that is wrong.
     """
     read = _merge_nested(await _read_fields(request, lists))
-    fields = {name: value for name, value in read.items() if value is not None}
+    # Null says nothing, but not of a field that does not exist.
+    fields = {name: value for name, value in read.items() if value is not None or name not in kind.model_fields}
     lenient = services(request).config.lenient and issubclass(kind, Generation)
     ignored = list(_drop_what_is_unknown(fields, kind)) if lenient else []
     try:

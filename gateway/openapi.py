@@ -151,12 +151,21 @@ class ModelDescription(BaseModel):
     vae_precision: str
 
 
-class ModelObject(ModelDescription):
+class ModelObject(BaseModel):
+    """`root` is the name that answers carry; what the mesh runs is told once it is loaded."""
+
     id: str
     object: Literal["model"]
     created: int
     owned_by: str
     root: str
+    model_path: str = ""
+    task_type: str = ""
+    pipeline_name: str = ""
+    pipeline_class: str = ""
+    num_gpus: int = 0
+    dit_precision: str = ""
+    vae_precision: str = ""
 
 
 class ModelList(BaseModel):

@@ -96,6 +96,8 @@ JPEG_FILE = ("cat.jpg", b"\xff\xd8\xff", "image/jpeg")
 REFUSED = [
     ({"json": {"prompt": "a", "sede": 1}}, 400, "sede", "unknown_parameter", "did you mean seed?"),
     ({"json": {"prompt": "a", "quality": "hd"}}, 400, "quality", "unknown_parameter", "no parameter"),
+    ({"json": {"prompt": "a", "sede": None}}, 400, "sede", "unknown_parameter", "did you mean seed?"),
+    ({"json": {"prompt": None}}, 400, "prompt", "missing_required_parameter", "required"),
     ({"json": {"seed": 1}}, 400, "prompt", "missing_required_parameter", "required"),
     ({"json": {"prompt": " "}}, 400, "prompt", "missing_required_parameter", "empty"),
     ({"json": {"prompt": 3}}, 400, "prompt", "invalid_value", "string"),
