@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PROMPT ?= a red circle moving right
 
-.PHONY: run serve test check parity bench bench-serving chaos soak clean
+.PHONY: run serve test check screenshots parity bench bench-serving chaos soak clean
 .DELETE_ON_ERROR:
 
 run: $(VENV)/.run  ## one prompt over HTTP through a 2-rank mesh; a video and a contact sheet in outputs/
@@ -20,6 +20,9 @@ check: $(VENV)/.test  ## style and types
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+
+screenshots: $(VENV)/.test  ## the README's pictures of the playground, from the demo model on two ranks
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python tests/screenshots.py
 
 parity: $(VENV)/.test  ## every family, layout and batching against diffusers; docs/parity.md (about 5 minutes)
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python tests/parity.py $(ARGS)
@@ -58,6 +61,7 @@ $(VENV)/.run: pyproject.toml | $(VENV)/bin/python
 
 $(VENV)/.test: pyproject.toml $(VENV)/.run
 	$(BIN)/python -m pip install --quiet --editable ".[test]"
+	$(BIN)/python -m pip install --quiet --upgrade --target $(VENV)/openai-2.8 openai==2.8.0
 	touch $@
 
 clean:

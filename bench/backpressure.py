@@ -139,7 +139,7 @@ async def _run(count: int, requests: int) -> list[Round]:
 @contextlib.asynccontextmanager
 async def _mesh(config: Config) -> AsyncIterator[tuple[Supervisor, Mesh, Mesh]]:
     """A mesh without a gateway process, and two gateways of ours."""
-    supervisor = Supervisor(config, resolve_model(config.model_path), with_gateway=False, quiet=True)
+    supervisor = Supervisor(config, resolve_model(config.model_path), quiet=True)
     gateways: list[Mesh] = []
     try:
         await supervisor.start()

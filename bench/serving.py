@@ -109,7 +109,7 @@ def _replay(name: str, ranks: int, trace: Sequence[Arrival]) -> Outcome:
 async def _through_mesh(overrides: dict[str, Any], ranks: int, trace: Sequence[Arrival]) -> Outcome:
     """A fresh mesh per run: the same start for every policy."""
     config = Config(num_gpus=ranks, **overrides)
-    supervisor = Supervisor(config, resolve_model(config.model_path), with_gateway=False, quiet=True)
+    supervisor = Supervisor(config, resolve_model(config.model_path), quiet=True)
     try:
         await supervisor.start()
         mesh = Mesh(supervisor.scheduler_endpoint, supervisor.frames_endpoint)

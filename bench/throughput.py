@@ -65,7 +65,7 @@ class _Served:
     """A mesh for the length of a with block."""
 
     def __init__(self, config: Config) -> None:
-        self._supervisor = Supervisor(config, resolve_model(config.model_path), with_gateway=False, quiet=True)
+        self._supervisor = Supervisor(config, resolve_model(config.model_path), quiet=True)
         self._mesh: Mesh | None = None
 
     async def __aenter__(self) -> Mesh:

@@ -113,7 +113,7 @@ def main() -> None:
 
 async def _serve(config: Config, rows: Path, load: float, count: int) -> tuple[Played, list[Played]]:
     """The warm-up, and the traces at this load by what the warm-up took."""
-    supervisor = RecordedSupervisor(config, resolve_model("demo"), with_gateway=False, quiet=True)
+    supervisor = RecordedSupervisor(config, resolve_model("demo"), quiet=True)
     supervisor.rows = rows
     mesh: Mesh | None = None
     guard: asyncio.Task[None] | None = None

@@ -1,5 +1,8 @@
 """The gateway process: `python -P -m gateway --config FILE --model-folder FOLDER --scheduler URL --frames URL`.
 
+With several meshes there is a `--scheduler NAME=URL[,URL…]` for each model, and for each scheduler a `--frames`, in
+the same order. Without a model's folder its meshes tell what it is.
+
 Once it listens it prints one line to stdout, {"url": "http://host:port"}, and nothing else ever.
 """
 
@@ -12,6 +15,7 @@ import logging
 import os
 import socket
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import uvicorn
@@ -19,13 +23,16 @@ from sqlalchemy import URL
 
 from gateway.app import create_app
 from gateway.catalog import Catalog, Model
+from gateway.http1 import Http
 from gateway.jobs.store import JobStore
 from gateway.mesh import Mesh
+from gateway.replicas import Replicas
 from runtime.config import Config, load_frozen
-from runtime.errors import FramemeshError, StartFailed
+from runtime.errors import FramemeshError, InvalidInput, StartFailed
 from runtime.keys import load_keys
 from runtime.log import get_logger, setup_logging
 from runtime.models.card import Card, card_for, read_configs
+from runtime.places import Place, read_places
 from runtime.process import die_with_parent
 from runtime.wire import set_keys
 
@@ -56,18 +63,19 @@ def main() -> int:
     die_with_parent()
     parser = argparse.ArgumentParser(prog="python -m gateway", description=__doc__)
     parser.add_argument("--config", type=Path, required=True, help="frozen configuration (JSON)")
-    parser.add_argument("--model-folder", type=Path, required=True, help="the resolved diffusers folder")
-    parser.add_argument("--scheduler", required=True, help="endpoint of the scheduler")
-    parser.add_argument("--frames", required=True, help="endpoint to take frames on")
+    parser.add_argument("--model-folder", type=Path, help="the resolved diffusers folder of the configured model")
+    parser.add_argument("--scheduler", required=True, action="append", help="[NAME=]URL[,URL…] of a model's schedulers")
+    parser.add_argument("--frames", required=True, action="append", help="endpoint to take a mesh's frames on")
     args = parser.parse_args()
     try:
         config = load_frozen(args.config)
         setup_logging("gateway", config.log_level)
         logging.basicConfig(level=logging.WARNING, handlers=[_ToStructlog()])
         set_keys(load_keys(config.curve_dir))
-        card = card_for(read_configs(args.model_folder))
+        card = card_for(read_configs(args.model_folder)) if args.model_folder is not None else None
+        places = read_places("--scheduler", args.scheduler, config.model_name)
         Path(config.output_path).mkdir(parents=True, exist_ok=True)
-        asyncio.run(serve(config, card, args.scheduler, args.frames))
+        asyncio.run(serve(config, card, places, args.frames))
     except (FramemeshError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
@@ -76,21 +84,45 @@ def main() -> int:
     return 0
 
 
-async def serve(config: Config, card: Card, scheduler: str, frames: str) -> None:
-    """Until a signal.
+async def serve(config: Config, card: Card | None, places: Sequence[Place], frames: Sequence[str]) -> None:
+    """Until a signal. `card` is that of the configured model, `frames` has an endpoint for each scheduler.
 
     Raises:
         StartFailed: it did not come up, for a reason that its operator can do something about.
     """
     listening = listen(config.host, config.port)
     store = JobStore(store_url(config), lease_s=config.job_lease)
-    mesh = Mesh(scheduler, frames, batching_delay_s=config.batching_delay_ms / 1000)
-    app = create_app(config, Catalog([Model(config.model_name, card, mesh)]), store)
-    settings = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE_S)
+    models = connect(config, card, places, frames)
+    app = create_app(config, Catalog(models, allow_any=config.allow_any_model), store)
+    settings = uvicorn.Config(
+        app, http=Http, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=GRACE_S
+    )
     host = f"[{config.host}]" if ":" in config.host else config.host
     # Uvicorn would log why the application did not start, and end as if nothing had happened.
     async with app.router.lifespan_context(app):
         await Server(settings, f"http://{host}:{listening.getsockname()[1]}").serve([listening])
+
+
+def connect(config: Config, card: Card | None, places: Sequence[Place], frames: Sequence[str]) -> list[Model]:
+    """The models, each over its meshes.
+
+    Raises:
+        InvalidInput: there is not one endpoint for frames to each scheduler, or one cannot be used.
+    """
+    schedulers = [scheduler for place in places for scheduler in place.schedulers]
+    if len(frames) != len(schedulers):
+        raise InvalidInput("--frames", f"is there {len(frames)} times for {len(schedulers)} schedulers; give each one")
+    delay_s = config.batching_delay_ms / 1000
+    endpoints = dict(zip(schedulers, frames, strict=True))
+    return [
+        Model(
+            place.name,
+            card if place.name == config.model_name else None,
+            Replicas([Mesh(url, endpoints[url], batching_delay_s=delay_s) for url in place.schedulers]),
+            config.served_model_name[1:] if place.name == config.model_name else (),
+        )
+        for place in places
+    ]
 
 
 def store_url(config: Config) -> str | URL:

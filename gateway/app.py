@@ -10,10 +10,13 @@ from typing import Any
 
 from fastapi import FastAPI
 from fastapi.exceptions import RequestValidationError
+from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
+from starlette.routing import Match
 
+from gateway.auth import Authentication, Keyring
 from gateway.catalog import Catalog
 from gateway.delivery import Delivery
 from gateway.inputs import Inputs
@@ -25,12 +28,15 @@ from gateway.jobs.runner import JobRunner
 from gateway.jobs.store import JobStore
 from gateway.jobs.sweeper import Sweeper
 from gateway.jobs.webhooks import Webhooks
+from gateway.limits import Admission, Refused
+from gateway.media.metadata import version
 from gateway.mesh import DRAINING
 from gateway.metrics import Metrics, Timing
 from gateway.middleware import BodyLimit, Envelope
-from gateway.replies import CODES, error_reply
-from gateway.routes import adapters, health, images, models, server, videos
-from gateway.services import Services
+from gateway.openapi import ERRORS, describe
+from gateway.replies import CODES, error_reply, retry_after
+from gateway.routes import adapters, health, images, models, playground, server, tokens, videos
+from gateway.services import Services, services
 from gateway.variants import Variants
 from runtime.config import Config
 from runtime.errors import InvalidInput, NotReady
@@ -38,24 +44,28 @@ from runtime.log import get_logger
 
 log = get_logger("app")
 
+ROUTERS = tuple(routes.router for routes in (videos, images, adapters, models, tokens, health, server, playground))
 MAX_BODY_BYTES = 80_000_000
-RETRY_AFTER_S = 5
-"""Weights take minutes to load; the SDK gives up after two retries whatever we say."""
+STORE_RETRY_S = 5.0
+"""A database or object store that was restarted is usually back by then."""
 NOT_FOUND = {"model_not_found", "video_not_found", "image_not_found"}
 """What `InvalidInput` calls things that do not exist."""
+STATUS = {"unsupported_media_type": 415}
+"""Of other refusals that HTTP has a number for."""
 
 
 def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
     """The gateway over its models. It owns their meshes and the store: opens them when it starts, closes them at its
     end."""
-    metrics, deliveries = Metrics(), Deliveries(store)
+    keyring, metrics, deliveries = Keyring(config), Metrics(), Deliveries(store)
     outputs = Outputs(Path(config.output_path), _bucket(config), metadata=config.metadata)
     webhooks, keep_s = Webhooks(deliveries, config), 3600 * config.keep_results_hours
     runner = JobRunner(catalog, store, outputs, metrics, webhooks, keep_s)
     inputs = Inputs(Path(config.output_path) / "inputs", allow_private=config.allow_private_urls)
     sweeper = Sweeper(store, outputs, inputs, deliveries, keep_s)
     delivery = Delivery(outputs, config.output_redirect)
-    services = Services(config, catalog, runner, webhooks, delivery, inputs, metrics, Variants(outputs))
+    admission = Admission(config, catalog, runner)
+    here = Services(config, catalog, runner, admission, webhooks, delivery, inputs, metrics, Variants(outputs))
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -68,22 +78,25 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
             await stack.enter_async_context(_running(webhooks.run(), sweeper.run()))
             await runner.resume()
             stack.push_async_callback(runner.close)
-            stack.push_async_callback(services.probe.close)
-            stack.push_async_callback(services.variants.close)
+            stack.push_async_callback(here.probe.close)
+            stack.push_async_callback(here.variants.close)
             yield
 
-    app = FastAPI(title="framemesh", lifespan=lifespan)
+    app = FastAPI(title="framemesh", version=version(), lifespan=lifespan, responses=ERRORS)
     app.state.sweeper = sweeper
-    app.state.services = services
-    for routes in (videos, images, adapters, models, health, server):
-        app.include_router(routes.router)
+    app.state.services = here
+    for router in ROUTERS:
+        app.include_router(router)
+    describe(app, config, catalog.names, protected=not keyring.is_open)
     app.add_exception_handler(InvalidInput, _invalid_input)
     app.add_exception_handler(NotReady, _not_ready)
+    app.add_exception_handler(Refused, _refused)
     app.add_exception_handler(StorageFailed, _storage_failed)
     app.add_exception_handler(StoreUnavailable, _store_unavailable)
     app.add_exception_handler(RequestValidationError, _validation_failed)
     app.add_exception_handler(HTTPException, _http_exception)
     app.add_middleware(BodyLimit, max_body_bytes=max_body_bytes)
+    app.add_middleware(Authentication, keyring=keyring, protect_metrics=config.protect_metrics)
     app.add_middleware(Envelope)
     app.add_middleware(Timing, metrics=metrics)
     return app
@@ -118,21 +131,27 @@ def _report_end(task: asyncio.Task[None]) -> None:
 
 
 def _invalid_input(_request: Request, error: Any) -> Response:
-    return error_reply(404 if error.code in NOT_FOUND else 400, str(error), error.field, error.code)
+    status = 404 if error.code in NOT_FOUND else STATUS.get(error.code, 400)
+    return error_reply(status, str(error), error.field, error.code)
 
 
-def _not_ready(_request: Request, error: Any) -> Response:
+def _not_ready(request: Request, error: Any) -> Response:
     code = DRAINING if error.draining else "model_loading"
-    return error_reply(503, f"not ready: {error}", None, code, {"retry-after": str(RETRY_AFTER_S)})
+    later = retry_after(services(request).admission.retry_after_s(error))
+    return error_reply(503, f"not ready: {error}", None, code, later)
+
+
+def _refused(_request: Request, error: Any) -> Response:
+    return error_reply(429, str(error), None, error.code, retry_after(error.retry_after_s))
 
 
 def _storage_failed(_request: Request, error: Any) -> Response:
-    headers = {"retry-after": str(RETRY_AFTER_S)}
-    return error_reply(503, f"the object store does not answer: {error}", None, "storage_unavailable", headers)
+    message = f"the object store does not answer: {error}"
+    return error_reply(503, message, None, "storage_unavailable", retry_after(STORE_RETRY_S))
 
 
 def _store_unavailable(_request: Request, error: Any) -> Response:
-    return error_reply(503, str(error), None, "store_unavailable", {"retry-after": str(RETRY_AFTER_S)})
+    return error_reply(503, str(error), None, "store_unavailable", retry_after(STORE_RETRY_S))
 
 
 def _validation_failed(_request: Request, error: Any) -> Response:
@@ -144,4 +163,13 @@ def _validation_failed(_request: Request, error: Any) -> Response:
 
 def _http_exception(request: Request, error: Any) -> Response:
     message = f"{error.detail}: {request.method} {request.url.path}"
-    return error_reply(error.status_code, message, None, CODES.get(error.status_code), error.headers)
+    headers = {"allow": _allowed(request)} if error.status_code == 405 else error.headers
+    return error_reply(error.status_code, message, None, CODES.get(error.status_code), headers)
+
+
+def _allowed(request: Request) -> str:
+    """What a path answers to: routes know their own methods only, and several share a path. The first that fits is the
+    one that is meant: `/v1/videos/edits` is no video's id."""
+    routes = [route for router in ROUTERS for route in router.routes if isinstance(route, APIRoute)]
+    fit = [route for route in routes if route.matches(request.scope)[0] is not Match.NONE]
+    return ", ".join(sorted({method for route in fit for method in route.methods or () if route.path == fit[0].path}))

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import difflib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import AsyncGenerator, Collection, Iterable, Iterator
 from typing import Any, TypeVar
 from urllib.parse import parse_qsl
 
 import msgspec
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from gateway.inputs import Upload
+from gateway.schema import Generation
+from gateway.services import services
 from runtime.errors import InvalidInput
 
 MAX_FORM_FIELDS = 200
@@ -27,6 +31,9 @@ LARGE_BYTES = 1_000_000
 
 NESTED = ("extra_body", "extra_params")
 """Fields that hold further fields: what SGLang and vLLM-Omni clients send."""
+
+BODY_TYPES = ("application/json", "text/json", "application/x-www-form-urlencoded")
+"""Besides multipart; none at all is JSON too."""
 
 Fields = dict[str, Any]
 Body = TypeVar("Body", bound=BaseModel)
@@ -41,11 +48,29 @@ async def read_body(request: Request, kind: type[Body], lists: Collection[str] =
         InvalidInput: names the first field that is wrong.
     """
     read = _merge_nested(await _read_fields(request, lists))
-    fields = {name: value for name, value in read.items() if value is not None}
+    # Null says nothing, but not of a field that does not exist.
+    fields = {name: value for name, value in read.items() if value is not None or name not in kind.model_fields}
+    lenient = services(request).config.lenient and issubclass(kind, Generation)
+    ignored = list(_drop_what_is_unknown(fields, kind)) if lenient else []
     try:
-        return kind.model_validate(fields)
+        body = kind.model_validate(fields)
     except ValidationError as error:
         raise _as_invalid_input(error, kind) from error
+    if lenient and isinstance(body, Generation):
+        body.be_lenient(ignored)
+    return body
+
+
+def _drop_what_is_unknown(fields: Fields, kind: type[BaseModel]) -> Iterator[str]:
+    """Take out the fields that are no parameter and the values that are no choice; a warning for each."""
+    try:
+        kind.model_validate(fields)
+    except ValidationError as error:
+        for complaint in error.errors(include_url=False):
+            field = complaint["loc"][0] if complaint["loc"] else None
+            if complaint["type"] in {"extra_forbidden", "literal_error"} and field in fields:
+                del fields[field]
+                yield f"{_complain(complaint, kind)}; it was ignored"
 
 
 async def discard_body(request: Request) -> None:
@@ -57,9 +82,10 @@ async def discard_body(request: Request) -> None:
 async def _read_fields(request: Request, lists: Collection[str]) -> Fields:
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type == "multipart/form-data":
-        limits = {"max_files": MAX_FORM_FILES, "max_fields": MAX_FORM_FIELDS, "max_part_size": MAX_PART_BYTES}
-        async with request.form(**limits) as form:
-            return unbracket([(name, await _value(sent)) for name, sent in form.multi_items()], lists)
+        return await _read_form(request, lists)
+    if content_type and content_type not in BODY_TYPES and not content_type.endswith("+json"):
+        message = f"{content_type} is not read here; take application/json or multipart/form-data"
+        raise InvalidInput("content-type", message, code="unsupported_media_type")
     raw = await request.body()
     if len(raw) > LARGE_BYTES and not content_type.endswith("urlencoded"):
         return await asyncio.to_thread(_decode_object, "body", raw)
@@ -69,9 +95,46 @@ async def _read_fields(request: Request, lists: Collection[str]) -> Fields:
     return _decode_object("body", raw)
 
 
+async def _read_form(request: Request, lists: Collection[str]) -> Fields:
+    try:
+        form = await WholeForm(request).parse()
+    except MultiPartException as error:
+        raise InvalidInput("body", f"is no form: {error.message}", code="invalid_form") from error
+    try:
+        return unbracket([(name, await _value(sent)) for name, sent in form.multi_items()], lists)
+    finally:
+        await form.close()
+
+
 async def _value(sent: UploadFile | str) -> Upload | str:
     """A part of a form; starlette keeps large files on disk, and its files end with the form."""
     return sent if isinstance(sent, str) else Upload(await sent.read())
+
+
+class WholeForm(MultiPartParser):
+    """A multipart body up to its last boundary: one that was cut off is refused, not read as far as it came.
+
+    Every error leaves the temporary files closed, which starlette's own parser forgets for a part that never ends.
+    """
+
+    def __init__(self, request: Request) -> None:
+        super().__init__(
+            request.headers,
+            self._to_the_end(request.stream()),
+            max_files=MAX_FORM_FILES,
+            max_fields=MAX_FORM_FIELDS,
+            max_part_size=MAX_PART_BYTES,
+        )
+        self._ended = False
+
+    def on_end(self) -> None:
+        self._ended = True
+
+    async def _to_the_end(self, stream: AsyncGenerator[bytes, None]) -> AsyncGenerator[bytes, None]:
+        async for part in stream:
+            yield part
+        if not self._ended:
+            raise MultiPartException("it ends before its last boundary")
 
 
 def _split_form(raw: bytes) -> list[tuple[str, str]]:
@@ -145,8 +208,12 @@ def _merge_nested(fields: Fields) -> Fields:
 
 
 def _as_invalid_input(error: ValidationError, kind: type[BaseModel]) -> InvalidInput:
-    """The first complaint in OpenAI's words."""
-    first = error.errors(include_url=False)[0]
+    """The first complaint."""
+    return _complain(error.errors(include_url=False)[0], kind)
+
+
+def _complain(first: ErrorDetails, kind: type[BaseModel]) -> InvalidInput:
+    """In OpenAI's words."""
     field = str(first["loc"][0]) if first["loc"] else "body"
     if first["type"] == "missing":
         return InvalidInput(field, "is required", code="missing_required_parameter")

@@ -1,4 +1,4 @@
-"""The way into a mesh: submit, cancel, progress, frames. Holds no weights and speaks no HTTP.
+"""The way into one mesh: submit, cancel, progress, frames. Holds no weights, speaks no HTTP, knows no other mesh.
 
 `run()` is one request from submission to its last frame as an async iterator. What the consumer does between two
 items is what the mesh waits for: a chunk counts as stored when the consumer comes back for the next item.
@@ -11,9 +11,8 @@ the consumer sees each of them once.
 from __future__ import annotations
 
 import asyncio
-import math
 import time
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,6 +60,8 @@ MESH_LOST = "mesh_lost"
 """The code of requests that end because the mesh did."""
 DRAINING = "draining"
 """The code of requests that came too late."""
+ANSWER_S = 2.0
+"""How long a scheduler may take to say whether it has a request."""
 
 DEFAULT_TERMS = Terms()
 
@@ -98,6 +99,14 @@ class Preview:
 
 
 Event = Progress | Preview | Frames | Completed
+
+
+class Moved(Exception):
+    """The request was taken away from this mesh; `attempt` is the highest that it came to here."""
+
+    def __init__(self, attempt: int) -> None:
+        super().__init__(attempt)
+        self.attempt = attempt
 
 
 @dataclass(eq=False)
@@ -140,6 +149,7 @@ class Mesh:
 
     def __init__(self, scheduler: str, frames: str, *, batching_delay_s: float = 0.0) -> None:
         """`scheduler` is the endpoint to connect to, `frames` the one to take frames on."""
+        self.scheduler = scheduler
         self._control: AsyncChannel[FromGateway, FromScheduler] = AsyncChannel.connect(
             scheduler, FromScheduler, incarnation("gateway")
         )
@@ -149,8 +159,6 @@ class Mesh:
         self._epoch: int | None = None
         self._spoken = 0.0
         """When the scheduler was heard or greeted last."""
-        self._heard = 0.0
-        """When it was heard last."""
         self._looking: asyncio.Future[Status] | None = None
         """The question how the mesh stands, while it has no answer."""
         self._seen: Status | None = None
@@ -159,17 +167,35 @@ class Mesh:
         self._outbox: list[_Inbox] = []
         self._over: list[str] = []
         """Requests that the next scheduler has to be told are over."""
+        self._dropped: set[str] = set()
+        """Requests that went elsewhere, and of which the scheduler has not said that they are over."""
+        self._asked: dict[str, asyncio.Future[Status]] = {}
+        """Requests of which somebody wants to know whether the scheduler has them."""
         self._tasks: list[asyncio.Task[None]] = []
         self._flush: asyncio.Task[None] | None = None
         self._changed = asyncio.Condition()
         self._tokenizer: PromptTokenizer | None = None
         self.state = MeshState(False, "the scheduler has not answered yet", 0, 0)
+        self.num_heard = 0
+        """Messages of the scheduler so far; it speaks once a second."""
+        self.on_state: Callable[[], None] = lambda: None
+        """Called when `state` or `lost` has changed."""
         self.model: ModelInfo | None = None
         self.card: Card | None = None
         self._lost: str | None = None
         self.dropped_chunks = 0
         self.stale = 0
         """Messages dropped because they were of another epoch."""
+
+    @property
+    def lost(self) -> str | None:
+        """Why the mesh gave up; None again once its scheduler was started anew."""
+        return self._lost
+
+    @property
+    def loaded(self) -> bool:
+        """Whether `request()` can tokenize."""
+        return self._tokenizer is not None
 
     async def start(self) -> None:
         """Say hello; does not wait for an answer."""
@@ -244,6 +270,7 @@ class Mesh:
         Raises:
             NotReady: the mesh drains, and the request is not `resumed`.
             RequestFailed: the mesh gave up on it or altogether, or somebody cancelled it.
+            Moved: it was taken away.
         """
         self._check_open(resumed)
         if self._lost is not None:
@@ -276,11 +303,6 @@ class Mesh:
                 await self.cancel(request.id, "the submitter left")
 
     @property
-    def silent_s(self) -> float:
-        """Seconds since the scheduler was heard last; it speaks once a second. Infinite before its first word."""
-        return time.monotonic() - self._heard if self._heard else math.inf
-
-    @property
     def dropped_messages(self) -> int:
         """Messages that could not be read."""
         counts = (self._control.dropped, self._frames.dropped)
@@ -307,6 +329,33 @@ class Mesh:
     async def cancel(self, request_id: str, reason: str) -> None:
         await self._tell(Cancel(request_id, reason))
 
+    def take_away(self, request_id: str) -> None:
+        """End a request's `run()` with Moved; what has arrived is consumed before."""
+        inbox = self._inboxes.get(request_id)
+        if inbox is not None:
+            self._deliver(request_id, Moved(inbox.attempt))
+
+    async def drop(self, request_id: str) -> None:
+        """A request went elsewhere: the scheduler has to end it, when it hears of that, and shows it to nobody."""
+        self._dropped.add(request_id)
+        await self.cancel(request_id, "it went on on another mesh")
+
+    def remembers(self, request_id: str) -> bool:
+        """Whether the scheduler may still work on a request that it was told to drop."""
+        return request_id in self._dropped
+
+    async def has(self, request_id: str) -> bool:
+        """Whether the scheduler knows a request, by an earlier gateway's doing perhaps; no, if it does not answer."""
+        answer = self._asked.setdefault(request_id, asyncio.get_running_loop().create_future())
+        await self._tell(Observe(request_id))
+        try:
+            status = await asyncio.wait_for(asyncio.shield(answer), ANSWER_S)
+        except TimeoutError:
+            return False
+        finally:
+            self._asked.pop(request_id, None)
+        return any(job.id == request_id for job in status.jobs)
+
     async def forget(self, request_id: str) -> None:
         """A request of an earlier process is over: a checkpoint of it may be left that nobody needs any more."""
         if self._epoch is None:
@@ -319,6 +368,7 @@ class Mesh:
         self._lost = reason
         for request_id in list(self._inboxes):
             self._deliver(request_id, RequestFailed(request_id, MESH_LOST, reason))
+        self.on_state()
 
     def _check_open(self, resumed: bool) -> None:
         if self.state.draining and not resumed:
@@ -364,6 +414,8 @@ class Mesh:
             await asyncio.sleep(max(self._spoken + SILENCE_S - time.monotonic(), 0.1))
             if time.monotonic() - self._spoken >= SILENCE_S:
                 await self._greet()
+                for request_id in tuple(self._dropped):
+                    await self.drop(request_id)
 
     async def _hear_scheduler(self) -> None:
         while True:
@@ -375,7 +427,8 @@ class Mesh:
                 continue
             else:
                 await self._hear(received.message)
-            self._spoken = self._heard = time.monotonic()
+            self._spoken = time.monotonic()
+            self.num_heard += 1
 
     async def _hear(self, message: FromScheduler) -> None:
         match message:
@@ -383,7 +436,15 @@ class Mesh:
                 await self._see_state(message)
             case Status():
                 self._see_status(message)
-            case Progress() | Completed():
+            case Progress() if message.request_id in self._dropped:
+                # It was not to be reached when it was told.
+                await self.drop(message.request_id)
+            case Progress():
+                self._deliver(message.request_id, message)
+            case Completed() | Failed() | Cancelled() if message.request_id in self._dropped:
+                self._dropped.discard(message.request_id)
+                self.on_state()
+            case Completed():
                 self._deliver(message.request_id, message)
             case Failed():
                 self._fail(message, message.code)
@@ -395,8 +456,10 @@ class Mesh:
         if epoch == self._epoch:
             return
         first, self._epoch = self._epoch is None, epoch
+        self._lost = None
         self._control.set_epoch(epoch)
-        over, self._over = self._over, []
+        # It knows none of them, but there may be checkpoints.
+        over, self._over, self._dropped = [*self._over, *self._dropped], [], set()
         for request_id in over:
             await self._tell(Stored(request_id))
         if first and not self._inboxes:
@@ -436,11 +499,17 @@ class Mesh:
         async with self._changed:
             self.state = state
             self._changed.notify_all()
+        self.on_state()
 
     def _fail(self, news: Failed | Cancelled, code: str) -> None:
         self._deliver(news.request_id, RequestFailed(news.request_id, code, news.reason, news.usage))
 
     def _see_status(self, status: Status) -> None:
+        if status.prefix:
+            asked = self._asked.get(status.prefix)
+            if asked is not None and not asked.done():
+                asked.set_result(status)
+            return
         self._seen, self._seen_at = status, time.monotonic()
         looking, self._looking = self._looking, None
         if looking is not None and not looking.done():

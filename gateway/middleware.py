@@ -10,7 +10,7 @@ import time
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.growing import BrokenOff
@@ -31,17 +31,20 @@ class Envelope:
             await self._app(scope, receive, send)
             return
         began, request_id, status = time.monotonic(), _request_id(Headers(scope=scope)), 0
-        scope.setdefault("state", {})["request_id"] = request_id
+        more: dict[str, str] = {}
+        scope.setdefault("state", {}).update(request_id=request_id, answer_headers=more)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                MutableHeaders(scope=message).update(more | {"x-request-id": request_id})
             await send(message)
 
         try:
             await self._app(scope, receive, send_with_id)
+        except ClientDisconnect:
+            log.debug("a client left before its request was complete", path=scope["path"], request_id=request_id)
         except BrokenOff as error:
             # Leaving without an end makes the server close the connection.
             log.warning("a stream broke off", path=scope["path"], trace=request_id, reason=str(error))
@@ -60,6 +63,12 @@ class Envelope:
 def request_id(request: Request) -> str:
     """Of the call that is being answered; the answer's `x-request-id`."""
     found: str = request.state.request_id
+    return found
+
+
+def answer_headers(request: Request) -> dict[str, str]:
+    """Headers that the answer will have, whatever it is; for adding to."""
+    found: dict[str, str] = request.state.answer_headers
     return found
 
 

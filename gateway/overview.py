@@ -18,28 +18,15 @@ from runtime.config import Config
 from runtime.protocol import Status
 from runtime.sampling import SamplingParams
 
-SILENT_S = 5.0
-"""A scheduler speaks once a second; after so long without a word its mesh does not count as ready."""
 SECRET = re.compile("key|secret|token|password|credential|webhook", re.IGNORECASE)
 """Settings whose values are told to nobody; the URL of a webhook is often all that it takes to write to somebody."""
 HIDDEN = "***"
 
 
-def unready_reason(mesh: Mesh) -> str:
-    """Why the mesh takes no work now; empty if it does."""
-    state = mesh.state
-    if state.draining or not state.ready:
-        return state.reason
-    if mesh.silent_s > SILENT_S:
-        return f"the scheduler has been silent for {mesh.silent_s:.0f} s"
-    return ""
-
-
 def readiness(model: Model) -> dict[str, Any]:
     """Whether a model can be used now, and what is missing."""
-    reason, state = unready_reason(model.mesh), model.mesh.state
-    ranks = {"ranks_ready": state.ranks_ready, "num_ranks": state.num_ranks}
-    return {"ready": not reason, "reason": reason or "ready"} | ranks
+    state = model.mesh.state
+    return {name: getattr(state, name) for name in ("ready", "reason", "ranks_ready", "num_ranks")}
 
 
 async def look(catalog: Catalog) -> list[Snapshot]:
@@ -62,7 +49,7 @@ def public_config(config: Config) -> dict[str, Any]:
 
 
 def _meshes(model: Model) -> list[tuple[int, Mesh]]:
-    return [(0, model.mesh)]
+    return list(enumerate(model.mesh.meshes))
 
 
 async def _snapshot(model: Model, name: str, mesh: Mesh) -> Snapshot:
@@ -71,7 +58,10 @@ async def _snapshot(model: Model, name: str, mesh: Mesh) -> Snapshot:
 
 
 def _model(model: Model) -> dict[str, Any]:
-    card = model.card
+    """By name alone while nobody has told what it is."""
+    card = model.known or model.mesh.card
+    if card is None:
+        return {"id": model.name} | readiness(model)
     defaults = card.check(SamplingParams(prompt="any", seed=0))
     names = ("width", "height", "num_frames", "fps", "num_inference_steps", "guidance_scale", "true_cfg_scale")
     return {
@@ -86,11 +76,11 @@ def _model(model: Model) -> dict[str, Any]:
 
 def _mesh(model: Model, mesh: Mesh, status: Status | None) -> dict[str, Any]:
     """What is known without the scheduler's answer comes from its last news."""
-    reason = unready_reason(mesh)
-    known = {"model": model.name, "ready": not reason, "reason": reason or "ready", "draining": mesh.state.draining}
+    state = model.mesh.state_of(mesh)
+    known = {"model": model.name, "ready": state.ready, "reason": state.reason, "draining": state.draining}
     if status is None:
         unknown = dict.fromkeys(("layout", "policy", "queued", "running", "epoch", "cost_error"))
-        return known | unknown | {"ranks": [], "step_times": [], "losses": mesh.state.losses}
+        return known | unknown | {"ranks": [], "step_times": [], "losses": state.losses}
     layout = status.layout
     return known | {
         "layout": {"cfg": layout.cfg, "ring": layout.ring, "ulysses": layout.ulysses, "num_ranks": layout.num_ranks},

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import secrets
-import time
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass, field
 
@@ -21,6 +19,7 @@ from gateway.media.metadata import generation_metadata
 from gateway.media.stills import FULL_QUALITY, StillFormat, resize, still
 from gateway.mesh import Frames, Preview
 from gateway.metrics import Metrics
+from gateway.owners import owned_id
 from gateway.tracing import traced
 from gateway.watch import Watch
 from runtime.errors import InvalidInput
@@ -91,7 +90,9 @@ async def order(commission: Commission) -> Sequence[Request]:
     first = msgspec.structs.replace(first, images=given.images, mask=given.mask, markup=given.markup)
     first = traced(first, commission.asked)
     return [
-        msgspec.structs.replace(first, id=_new_image_id(), params=msgspec.structs.replace(params, seed=seed))
+        msgspec.structs.replace(
+            first, id=owned_id("image", first.key), params=msgspec.structs.replace(params, seed=seed)
+        )
         for seed in range(params.seed, params.seed + commission.n)
     ]
 
@@ -163,8 +164,3 @@ def _encode_preview(commission: Commission, preview: Preview) -> bytes:
 def _text_tokens(request: Request) -> int:
     """Of the prompt, as the encoder counts them that reads most of it; 0 where the worker tokenizes."""
     return max((len(prompts.get("prompt", ())) for prompts in request.token_ids.values()), default=0)
-
-
-def _new_image_id() -> str:
-    """Ordered by time, and not to be guessed from another one."""
-    return f"image_{time.time_ns():016x}{secrets.token_hex(8)}"

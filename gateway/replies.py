@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +14,18 @@ from runtime.protocol import Usage
 
 FAILURES = {"out_of_memory": 400, "cancelled": 400, "draining": 503, "gateway_lost": 503}
 """Status of a call that waited for work that failed, by the reason's code; everything else is 500."""
-CODES = {400: "bad_request", 404: "not_found", 405: "method_not_allowed", 413: "request_too_large"}
+CODES = {
+    400: "bad_request",
+    401: "invalid_api_key",
+    404: "not_found",
+    405: "method_not_allowed",
+    413: "request_too_large",
+    415: "unsupported_media_type",
+}
+KINDS = {401: "authentication_error", 429: "rate_limit_error"}
+"""OpenAI's `type` of an error; all others below 500 are the request's own."""
+NO_RETRY = {"x-should-retry": "false"}
+"""The OpenAI SDK repeats whatever answers 5xx unless it is told that nothing would change."""
 
 
 def video_object(job: Job) -> dict[str, Any]:
@@ -45,6 +57,7 @@ def video_object(job: Job) -> dict[str, Any]:
         "queue_position": job.queue_position,
         "stage": job.stage,
         "step": job.step,
+        "warnings": job.asked.warnings,
     }
 
 
@@ -117,5 +130,10 @@ def reply(content: Any, status: int = 200, headers: dict[str, str] | None = None
 def error_reply(
     status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None
 ) -> Response:
-    kind = "server_error" if status >= 500 else "invalid_request_error"
+    kind = "server_error" if status >= 500 else KINDS.get(status, "invalid_request_error")
     return reply(error_body(message, kind, param, code), status, headers)
+
+
+def retry_after(seconds: float) -> dict[str, str]:
+    """Headers that say when to come back: whole seconds for everybody, milliseconds for who reads them."""
+    return {"retry-after": str(max(math.ceil(seconds), 1)), "retry-after-ms": str(max(math.ceil(seconds * 1000), 1))}

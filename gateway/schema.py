@@ -3,11 +3,20 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    GetJsonSchemaHandler,
+    PrivateAttr,
+    WithJsonSchema,
+)
+from pydantic_core import CoreSchema
 
 from gateway.inputs import Given, Source, read_sources
 from gateway.jobs.store import Job
@@ -17,18 +26,47 @@ from runtime.errors import InvalidInput
 from runtime.models.card import Card
 from runtime.sampling import ResolvedParams, SamplingParams
 
+UNSUPPORTED = ("unsupported_value", "unsupported_parameter")
+"""Codes of refusals that leniency turns into warnings."""
 SIZE = re.compile(r"(\d{1,5})[xX×](\d{1,5})")
+SIZES = "^([0-9]{1,5}[xX×][0-9]{1,5}|auto)$"
 
 
-def _no_bool(value: Any) -> Any:
-    """Python's True is 1, and pydantic's lax mode agrees."""
-    if isinstance(value, bool):
-        raise ValueError("must be a number, not true or false")
-    return value
+INTEGER = r"[+-]?[0-9]{1,30}"
+DECIMAL = r"[+-]?([0-9]{1,30}(\.[0-9]{0,30})?|\.[0-9]{1,30})([eE][+-]?[0-9]{1,3})?"
 
 
-Whole = Annotated[int, BeforeValidator(_no_bool), Field(ge=-(2**63), lt=2**63)]
-Number = Annotated[float, BeforeValidator(_no_bool), Field(allow_inf_nan=False)]
+def _number(pattern: str, what: str) -> Callable[[Any], Any]:
+    """Refuses what pydantic's lax mode takes for a number besides: true, `1_000`, ` 7`."""
+
+    def check(value: Any) -> Any:
+        if isinstance(value, bool):
+            raise ValueError("must be a number, not true or false")
+        if isinstance(value, str) and not re.fullmatch(pattern, value):
+            raise ValueError(f"should be a valid {what}")
+        return value
+
+    return check
+
+
+@dataclass(frozen=True)
+class _OrText:
+    """Forms have only text, and some clients send numbers as text in JSON too: says so in the API's description."""
+
+    pattern: str
+
+    def __get_pydantic_json_schema__(self, core: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
+        number = handler(core)
+        for ours, theirs in (("ge", "minimum"), ("lt", "exclusiveMaximum")):
+            if ours in number:
+                number.setdefault(theirs, number.pop(ours))
+        return {"anyOf": [number, {"type": "string", "pattern": f"^{self.pattern}$"}]}
+
+
+Whole = Annotated[int, BeforeValidator(_number(INTEGER, "integer")), Field(ge=-(2**63), lt=2**63), _OrText(INTEGER)]
+Number = Annotated[
+    float, BeforeValidator(_number(DECIMAL, "finite number")), Field(allow_inf_nan=False), _OrText(DECIMAL)
+]
 Label = Annotated[str, Field(max_length=512)]
 
 _PICTURE = {
@@ -48,9 +86,11 @@ class Generation(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    prompt: str
+    prompt: str = Field(json_schema_extra={"pattern": r"\S"})
     model: str | None = None
-    size: str | None = Field(None, description='"WIDTHxHEIGHT" or "auto"; unset: the model\'s default')
+    size: str | None = Field(
+        None, json_schema_extra={"pattern": SIZES}, description='"WIDTHxHEIGHT" or "auto"; unset: the model\'s default'
+    )
     width: Whole | None = None
     height: Whole | None = None
     seed: Whole | None = None
@@ -62,6 +102,31 @@ class Generation(BaseModel):
     timeout: Number | None = Field(None, description="seconds after which the result is no longer wanted")
     user: Label | None = Field(None, description="kept with the job, and changes nothing")
     safety_identifier: Label | None = Field(None, description="kept with the job, and changes nothing")
+
+    _lenient: bool = PrivateAttr(False)
+    _warnings: list[str] = PrivateAttr(default_factory=list)
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was ignored, one sentence each."""
+        return tuple(self._warnings)
+
+    def be_lenient(self, ignored: Iterable[str]) -> None:
+        """From now on values that cannot be had are ignored; some have been already."""
+        self._lenient = True
+        self._warnings += ignored
+
+    def ignore(self, error: InvalidInput) -> bool:
+        """Take back what cannot be had, with a warning; False if that is not for us to do."""
+        known = type(self).model_fields.get(error.field)
+        if not self._lenient or error.code not in UNSUPPORTED or known is None:
+            return False
+        unset = known.get_default(call_default_factory=True)
+        if known.is_required() or getattr(self, error.field) == unset:
+            return False
+        setattr(self, error.field, unset)
+        self._warnings.append(f"{error}; it was ignored")
+        return True
 
     def to_params(self, card: Card) -> SamplingParams:
         """The same in the runtime's words; raises `InvalidInput` where two of them contradict each other."""
@@ -272,7 +337,7 @@ def unsupported(field: str, value: object, choices: Sequence[object]) -> Invalid
 
 
 def resolve(body: Generation, card: Card, max_prompt_chars: int) -> ResolvedParams:
-    """Everything that can be checked without the mesh.
+    """Everything that can be checked without the mesh. A lenient body loses the values that cannot be had.
 
     Raises:
         InvalidInput: names the field that the client sent.
@@ -282,10 +347,12 @@ def resolve(body: Generation, card: Card, max_prompt_chars: int) -> ResolvedPara
         if length > max_prompt_chars:
             message = f"has {length} characters, at most {max_prompt_chars} are taken"
             raise InvalidInput(name, message, code="string_above_max_length")
-    try:
-        return card.check(body.to_params(card))
-    except InvalidInput as error:
-        raise InvalidInput(_sent_as(error.field, body), error.message, code=error.code) from error
+    while True:
+        try:
+            return card.check(body.to_params(card))
+        except InvalidInput as error:
+            if not body.ignore(error):
+                raise InvalidInput(_sent_as(error.field, body), error.message, code=error.code) from error
 
 
 def _sent_as(field: str, body: Generation) -> str:

@@ -13,6 +13,7 @@ from gateway.delivery import Delivery
 from gateway.inputs import Inputs
 from gateway.jobs.runner import JobRunner
 from gateway.jobs.webhooks import Webhooks
+from gateway.limits import Admission
 from gateway.metrics import Metrics
 from gateway.probe import Probe
 from gateway.variants import Variants
@@ -26,6 +27,7 @@ class Services:
     config: Config
     catalog: Catalog
     runner: JobRunner
+    admission: Admission
     webhooks: Webhooks
     delivery: Delivery
     inputs: Inputs

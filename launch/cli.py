@@ -20,6 +20,7 @@ from launch.tryout import try_folder, try_port
 from runtime.config import DEMO_MODEL, Config, check_config, fit_layout
 from runtime.errors import FramemeshError, InvalidInput
 from runtime.layout import describe_layout
+from runtime.places import is_remote, read_places
 from runtime.sampling import ResolvedParams, SamplingParams
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ DryRun = Annotated[
 ]
 MeshPlace = Annotated[
     str | None,
-    Parameter(name="--mesh", help="Folder of the mesh, or its scheduler's endpoint; unset: the only one that runs."),
+    Parameter(name="--mesh", help="Folder of the mesh, or its scheduler's endpoint; unset: all that run."),
 ]
 CurveDir = Annotated[
     str | None,
@@ -86,7 +87,24 @@ def _run(argv: list[str]) -> int:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
-    for command in (serve, generate, run, tune, top, jobs, cancel, drain, models, env, doctor, keygen):
+    commands = (
+        serve,
+        mesh,
+        gateway,
+        generate,
+        run,
+        tune,
+        top,
+        jobs,
+        cancel,
+        drain,
+        models,
+        env,
+        doctor,
+        keygen,
+        apikey,
+    )
+    for command in commands:
         app.command(command)
     return app(intake.tokens) or 0
 
@@ -112,6 +130,39 @@ def serve(
     from launch.serve import serve as serve_until_signal
 
     return serve_until_signal(ready.config, ready.folder)
+
+
+def mesh(*, config: ConfigFlags = NO_CONFIG, config_file: ConfigFile = None, dry_run: DryRun = False) -> int:
+    """Run a mesh without an HTTP server, for `framemesh gateway`; a signal drains it, a second one stops it at once."""
+    _use_keys(config.curve_dir)
+    if config.bind is not None:
+        _check_endpoint("bind", config.bind)
+    ready = prepare(config)
+    if dry_run:
+        return _print_plan(ready)
+    from launch.serve import serve_mesh
+
+    return serve_mesh(ready.config, ready.folder)
+
+
+def gateway(*, config: ConfigFlags = NO_CONFIG, config_file: ConfigFile = None) -> int:
+    """Serve models over HTTP whose meshes run apart (`framemesh mesh`), here or elsewhere; they may start later."""
+    check_config(config)
+    places = read_places("mesh", config.mesh)
+    _use_keys(config.curve_dir)
+    for scheduler in (scheduler for place in places for scheduler in place.schedulers):
+        _check_endpoint("mesh", scheduler)
+        if is_remote(scheduler) and config.frames_bind is None:
+            advice = "name an address of this host for its frames, such as tcp://10.0.0.9:0"
+            raise InvalidInput("frames_bind", f"{scheduler} is on another host; {advice}")
+    if config.frames_bind is not None:
+        _check_endpoint("frames_bind", config.frames_bind)
+    _check_keys_file(config)
+    try_folder(Path(config.output_path))
+    try_port(config.host, config.port)
+    from launch.serve import serve_gateway
+
+    return serve_gateway(config, places)
 
 
 def generate(
@@ -212,7 +263,7 @@ def top(
     curve_dir: CurveDir = None,
     once: Annotated[bool, Parameter(negative="", help="Print one snapshot and leave.")] = False,
 ) -> int:
-    """Watch a running mesh: ranks, queue, step times, memory; q leaves."""
+    """Watch running meshes: ranks, queue, step times, memory; q leaves."""
     _use_keys(curve_dir)
     from launch.top import top as follow
 
@@ -225,7 +276,7 @@ def jobs(
     curve_dir: CurveDir = None,
     as_json: Annotated[bool, Parameter(name="--json", negative="", help="One JSON array.")] = False,
 ) -> int:
-    """List the requests of a running mesh."""
+    """List the requests of running meshes."""
     _use_keys(curve_dir)
     from launch.top import jobs as list_jobs
 
@@ -255,7 +306,7 @@ def drain(
     mesh: MeshPlace = None,
     curve_dir: CurveDir = None,
 ) -> int:
-    """Have a running mesh finish its work, take no more, and stop; waits for it."""
+    """Have a running mesh, or all of one launcher, finish its work, take no more, and stop; waits for it."""
     from launch.observe import drain_mesh
 
     _use_keys(curve_dir)
@@ -317,11 +368,37 @@ def keygen(*, curve_dir: CurveDir = None, name: str | None = None) -> int:
     return make_pair(Path(curve_dir) if curve_dir else None, name)
 
 
+def apikey(name: Annotated[str, Parameter(name="NAME", help="Of whom the key is for.")], /) -> int:
+    """Make an API key and the line that lets it in; the key is shown once and kept nowhere."""
+    from runtime.apikeys import line_for, new_key
+
+    secret = new_key()
+    line = line_for(name, secret)
+    _say(f"The key, for {name} alone; it is shown this once:")
+    print(secret)
+    _say("The line for --api-keys-file (a file of mode 0600) or FRAMEMESH_API_KEYS:")
+    print(line)
+    return 0
+
+
+COMMANDS = (serve, mesh, gateway, generate, run, tune, top, jobs, cancel, drain, models, env, doctor, keygen, apikey)
+
+
 def _use_keys(curve_dir: str | None) -> None:
     from runtime.keys import load_keys
     from runtime.wire import set_keys
 
     set_keys(load_keys(curve_dir or None))
+
+
+def _check_endpoint(field: str, endpoint: str) -> None:
+    """Refuse what no socket would take, keys missing for one between hosts included, before anything starts."""
+    from runtime.wire import check_endpoint
+
+    try:
+        check_endpoint(endpoint)
+    except InvalidInput as error:
+        raise InvalidInput(field, error.message) from error
 
 
 @dataclasses.dataclass(frozen=True)
@@ -348,6 +425,7 @@ def prepare(
     try_folder(Path(config.output_path))
     if http:
         try_port(config.host, config.port)
+        _check_keys_file(config)
     folder, card = _card_of(config.model_path, config.revision)
     config = _fit_layout(config, card)
     _check_encoders(config, folder)
@@ -365,6 +443,13 @@ def _fit_layout(config: Config, card: Card) -> Config:
     from runtime.models.card import most_branches
 
     return fit_layout(config, card, most_branches(card))
+
+
+def _check_keys_file(config: Config) -> None:
+    if config.api_keys_file is not None:
+        from runtime.apikeys import read_keys
+
+        read_keys(Path(config.api_keys_file).expanduser())
 
 
 def _check_encoders(config: Config, folder: Path) -> None:

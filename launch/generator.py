@@ -20,7 +20,7 @@ from gateway.mesh import Event, Frames, Mesh
 from launch.supervisor import Supervisor
 from launch.weights import resolve_model
 from runtime.config import Config, check_config, fit_layout
-from runtime.errors import FramemeshError, StartFailed
+from runtime.errors import FramemeshError, InvalidInput, StartFailed
 from runtime.models.card import Card, card_for, most_branches, read_configs
 from runtime.protocol import Completed, MeshState, Request, Usage
 from runtime.sampling import ResolvedParams, SamplingParams, check_terms
@@ -61,6 +61,8 @@ class Generator:
             StartFailed: a process did not come up; everything was stopped again.
         """
         check_config(config)
+        if config.replicas > 1:
+            raise InvalidInput("replicas", "a Generator has one mesh; replicas are for `framemesh serve`")
         self.card: Card = card_for(read_configs(folder))
         config = fit_layout(config, self.card, most_branches(self.card))
         self._loop = asyncio.new_event_loop()
@@ -70,7 +72,7 @@ class Generator:
         self._closed = False
         self._mesh: Mesh | None = None
         self._guard: asyncio.Task[None] | None = None
-        self._supervisor = Supervisor(config, folder, with_gateway=False, quiet=True)
+        self._supervisor = Supervisor(config, folder, quiet=True)
         self.config = self._supervisor.config
         if on_state is not None:
             self._supervisor.on_state = on_state

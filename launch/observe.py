@@ -13,7 +13,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -28,6 +28,8 @@ from runtime.wire import Channel, incarnation
 FOLDER_PREFIX = "framemesh-"
 MESH_FILE = "mesh.json"
 CONFIG_FILE = "config.json"
+MESH, GATEWAY = "mesh", "gateway"
+"""What a run folder may be of."""
 ANSWER_S = 1.0
 """A scheduler that takes longer does not count as alive."""
 GONE_S = 5.0
@@ -47,17 +49,20 @@ class MeshFile(msgspec.Struct, frozen=True):
     """Seconds since the epoch."""
     url: str = ""
     """Of the HTTP server, once it listens."""
+    scheduler: str = ""
+    """Endpoint of the scheduler; empty: the socket in the folder."""
+    role: str = MESH
 
 
 class RunFolder:
-    """The launcher's own folder: private, locked, described."""
+    """A folder of the launcher's own: private, locked, described."""
 
-    def __init__(self, model: str) -> None:
+    def __init__(self, model: str, *, scheduler: str = "", role: str = MESH) -> None:
         # mkdtemp makes it 0700: nobody else on the host can reach the sockets in it.
         self.path = Path(tempfile.mkdtemp(prefix=FOLDER_PREFIX))
         self._lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
-        self._about = MeshFile(os.getpid(), model, time.time())
+        self._about = MeshFile(os.getpid(), model, time.time(), scheduler=scheduler, role=role)
         self._write()
 
     def tell_url(self, url: str) -> None:
@@ -195,25 +200,25 @@ class Observer:
         if not found:
             raise FramemeshError(f"no request of the mesh at {self.place} has an id that begins with {prefix!r}")
         if len(found) > 1:
-            names = ", ".join(job.id for job in found[:5]) + (", …" if len(found) > 5 else "")
-            raise InvalidInput("ID", f"{prefix!r} is the beginning of several ids: {names}")
+            raise _ambiguous(prefix, [job.id for job in found])
         return found[0]
 
 
 @contextlib.contextmanager
-def observe_mesh(place: str | None) -> Iterator[tuple[Observer, Status]]:
-    """The mesh at a place (its folder, or its scheduler's endpoint), or the only one of this user, and how it stands.
+def observe_meshes(place: str | None) -> Iterator[list[tuple[Observer, Status]]]:
+    """The mesh at a place (its folder, or its scheduler's endpoint), or all of this user on this host, and how they
+    stand; at least one.
 
     Raises:
-        InvalidInput: there is no such folder, or several meshes run and none was named.
+        InvalidInput: there is no such folder.
         FramemeshError: no mesh runs, or the one that was named does not answer.
     """
     with contextlib.ExitStack() as stack:
         if place is not None:
             observer = stack.enter_context(_observer_at(place))
-            yield observer, observer.look()
+            yield [(observer, observer.look())]
             return
-        folders = [folder for folder in _described_folders() if not _is_dead(folder)]
+        folders = [folder for folder in _described_folders() if not _is_dead(folder) and _is_mesh(folder)]
         observers = [stack.enter_context(_observer_of(folder)) for folder in folders]
         for observer in observers:
             observer.ask()
@@ -223,45 +228,98 @@ def observe_mesh(place: str | None) -> Iterator[tuple[Observer, Status]]:
         if not alive:
             silent = f"; {len(folders)} in {tempfile.gettempdir()} did not answer" if folders else ""
             raise FramemeshError(f"no mesh is running{silent}")
-        if len(alive) > 1:
-            lines = "\n".join(f"  {_describe(observer)}" for observer, _ in alive)
-            raise InvalidInput("--mesh", f"{len(alive)} meshes are running, name one of them:\n{lines}")
-        yield alive[0]
+        yield alive
+
+
+@contextlib.contextmanager
+def observe_mesh(place: str | None) -> Iterator[tuple[Observer, Status]]:
+    """The same for one mesh.
+
+    Raises:
+        InvalidInput: also if several meshes run and none was named.
+    """
+    with observe_meshes(place) as meshes:
+        if len(meshes) > 1:
+            raise _name_one([observer for observer, _ in meshes])
+        yield meshes[0]
+
+
+def cancel_request(place: str | None, prefix: str, reason: str) -> tuple[str, bool]:
+    """As `Observer.cancel`, in whichever mesh has the request.
+
+    Raises:
+        InvalidInput: several requests begin so.
+        FramemeshError: none does, or nobody answers.
+    """
+    with observe_meshes(place) as meshes:
+        observers = [observer for observer, _ in meshes]
+        found = {observer: [job.id for job in observer.look(prefix).jobs] for observer in observers if prefix}
+        ids = sorted({request_id for listed in found.values() for request_id in listed})
+        if len(ids) > 1:
+            raise _ambiguous(prefix, ids)
+        if not ids:
+            places = ", ".join(observer.place for observer in observers)
+            raise FramemeshError(f"no request of the mesh at {places} has an id that begins with {prefix!r}")
+        # One that moves from a mesh to another is in both for a moment.
+        ended = [observer.cancel(ids[0], reason) for observer, listed in found.items() if listed]
+        return ended[0][0], all(over for _, over in ended)
 
 
 def drain_mesh(place: str | None, timeout_s: float | None, say: Callable[[str], None]) -> None:
-    """Let a mesh finish what it has, take no more, and stop; returns when it is gone.
+    """Let a mesh, or all of one launcher, finish what it has, take no more, and stop; returns when it is gone.
 
     `timeout_s` is what running work gets to end before it is checkpointed, by default what the mesh was started with.
 
     Raises:
-        InvalidInput: a negative time, or no such mesh.
+        InvalidInput: a negative time, no such mesh, or meshes of several launchers and none was named.
         FramemeshError: no mesh runs, or the one that was named does not answer.
     """
     if timeout_s is not None and timeout_s < 0:
         raise InvalidInput("--timeout", f"{timeout_s:g} is negative; take 0 or more seconds")
-    with observe_mesh(place) as (observer, _):
-        timeout_s = _config_of(observer.folder).drain_timeout if timeout_s is None else timeout_s
+    with observe_meshes(place) as meshes:
+        observers = [observer for observer, _ in meshes]
+        if len({about.pid for observer in observers if (about := observer.about)}) > 1:
+            raise _name_one(observers)
+        time_s = _config_of(observers[0].folder).drain_timeout if timeout_s is None else timeout_s
         told = ""
-        for status in observer.drain(timeout_s):
-            if (left := describe_work(status)) != told:
+        for statuses in _together([observer.drain(time_s) for observer in observers]):
+            if (left := describe_work(statuses)) != told:
                 say(f"draining: {left}")
                 told = left
         say("stopped")
 
 
-def describe_work(status: Status) -> str:
-    running = sum(job.stage != "queued" for job in status.jobs)
-    return f"{running} running, {sum(status.queued.values())} queued"
+def _together(drains: list[Iterator[Status]]) -> Iterator[list[Status]]:
+    """The latest of each that has not ended."""
+    while drains:
+        latest = [(drain, next(drain, None)) for drain in drains]
+        drains = [drain for drain, status in latest if status is not None]
+        if drains:
+            yield [status for _, status in latest if status is not None]
 
 
-def work_left(endpoint: str) -> str:
-    """What a scheduler still has, in words; nothing if it does not say so within a second."""
-    try:
-        with Observer(endpoint) as observer:
-            return describe_work(observer.look())
-    except FramemeshError:
-        return ""
+def _name_one(observers: list[Observer]) -> InvalidInput:
+    lines = "\n".join(f"  {_describe(observer)}" for observer in observers)
+    return InvalidInput("--mesh", f"{len(observers)} meshes are running, name one of them:\n{lines}")
+
+
+def _ambiguous(prefix: str, ids: list[str]) -> InvalidInput:
+    names = ", ".join(ids[:5]) + (", …" if len(ids) > 5 else "")
+    return InvalidInput("ID", f"{prefix!r} is the beginning of several ids: {names}")
+
+
+def describe_work(statuses: Sequence[Status]) -> str:
+    running = sum(job.stage != "queued" for status in statuses for job in status.jobs)
+    return f"{running} running, {sum(sum(status.queued.values()) for status in statuses)} queued"
+
+
+def work_left(endpoints: Sequence[str]) -> str:
+    """What schedulers still have, in words; nothing if none says so within a second."""
+    statuses = []
+    for endpoint in endpoints:
+        with contextlib.suppress(FramemeshError), Observer(endpoint) as observer:
+            statuses.append(observer.look())
+    return describe_work(statuses) if statuses else ""
 
 
 def read_mesh_file(folder: Path) -> MeshFile | None:
@@ -281,13 +339,21 @@ def _observer_at(place: str) -> Observer:
     if "://" in place:
         return Observer(place)
     folder = Path(place)
-    if not (folder / "scheduler").exists():
+    about = read_mesh_file(folder)
+    if not (folder / "scheduler").exists() and not (about is not None and about.scheduler):
         raise InvalidInput("--mesh", f"{place} is no folder of a running mesh, nor a scheduler's endpoint")
     return _observer_of(folder)
 
 
 def _observer_of(folder: Path) -> Observer:
-    return Observer(f"ipc://{folder}/scheduler", folder)
+    about = read_mesh_file(folder)
+    endpoint = about.scheduler if about is not None else ""
+    return Observer(endpoint or f"ipc://{folder}/scheduler", folder)
+
+
+def _is_mesh(folder: Path) -> bool:
+    about = read_mesh_file(folder)
+    return about is None or about.role == MESH
 
 
 def _describe(observer: Observer) -> str:

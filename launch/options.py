@@ -8,6 +8,7 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
@@ -45,11 +46,103 @@ def settings_of(cls: type, prefix: str = "") -> dict[str, Any]:
 CONFIG, SAMPLING, OUTPUT = settings_of(Config), settings_of(SamplingParams), settings_of(Output)
 SETTINGS = CONFIG | SAMPLING | OUTPUT
 NAMES = [*SETTINGS, *LATER, *ALIASES]
-COMMANDS = {"serve": CONFIG, "generate": SETTINGS, "run": SETTINGS, "doctor": CONFIG}
-"""Which settings each command works with."""
 
-HTTP_ONLY = frozenset({"host", "port", "served_model_name", "batching_delay_ms", "database_url", "job_lease"})
+HTTP_ONLY = frozenset(
+    {
+        "host",
+        "port",
+        "served_model_name",
+        "batching_delay_ms",
+        "replicas",
+        "database_url",
+        "job_lease",
+        "allow_any_model",
+        "api_keys_file",
+        "api_keys",
+        "protect_metrics",
+        "rate_limit",
+        "max_concurrent_per_key",
+        "max_queue",
+        "max_pixels",
+        "lenient",
+        "public_url",
+        "enable_metrics",
+        "allow_private_urls",
+        "output_store",
+        "output_redirect",
+        "keep_results_hours",
+        "webhook_url",
+        "webhook_secret_file",
+    }
+)
 """Settings of the HTTP server, which `generate` does not start."""
+
+ELSEWHERE = frozenset({"bind", "mesh", "frames_bind"})
+"""Settings of meshes and gateways that are apart."""
+
+MESH_ONLY = frozenset(
+    [
+        "model_path",
+        "revision",
+        "served_model_name",
+        "backend",
+        "num_gpus",
+        "sp_degree",
+        "ulysses_degree",
+        "ring_degree",
+        "enable_cfg_parallel",
+        "cfg_parallel_size",
+        "sp_engine",
+        "dist_backend",
+        "device",
+        "dist_timeout",
+        "tp_size",
+        "use_fsdp_inference",
+        "dit_precision",
+        "vae_precision",
+        "text_encoder_precisions",
+        "attention_backend",
+        "vae_tiling",
+        "vae_slicing",
+        "vae_sp",
+        "batching_max_size",
+        "batching_config",
+        "scheduling_policy",
+        "max_active",
+        "cost_cache",
+        "checkpoint_every_steps",
+        "spool_dir",
+        "checkpoint_max_bytes",
+        "drain_timeout",
+        "start_timeout",
+        "trace_path",
+        "replicas",
+        "bind",
+    ]
+)
+"""Settings of schedulers and ranks, which `gateway` does not start."""
+
+
+def _only(*names: Iterable[str], without: Iterable[str] = ()) -> dict[str, Any]:
+    left_out = {*without}
+    return {name: hint for name, hint in SETTINGS.items() if name in {*chain(*names)} and name not in left_out}
+
+
+def _group(names: Iterable[str]) -> set[str]:
+    """The dotted names too."""
+    wanted = {*names}
+    return {name for name in SETTINGS if name.partition(".")[0] in wanted}
+
+
+COMMANDS = {
+    "serve": _only(CONFIG, without=ELSEWHERE),
+    "mesh": _only(CONFIG, without=(HTTP_ONLY | ELSEWHERE) - {"served_model_name", "bind"}),
+    "gateway": _only(CONFIG, without=_group(MESH_ONLY | {"vae_config"})),
+    "generate": _only(SETTINGS, without=ELSEWHERE),
+    "run": _only(SETTINGS, without=ELSEWHERE),
+    "doctor": CONFIG,
+}
+"""Which settings each command works with."""
 
 BOOLEANS = frozenset(
     {name for name, hint in SETTINGS.items() if bool in (hint, *get_args(hint))}
@@ -115,11 +208,23 @@ def take_in(tokens: list[str], environ: Mapping[str, str]) -> Intake:
 
 
 def _idle_notes(command: str, given: set[str]) -> list[str]:
-    idle = given & HTTP_ONLY if command == "generate" else given & (SETTINGS.keys() - COMMANDS[command].keys())
-    if not idle:
-        return []
-    why = "it starts no HTTP server" if command == "generate" else "they belong to a request, not to a server"
-    return [f"note: no effect on {command}: {', '.join(sorted(idle))} ({why})"]
+    of_requests = given & (SAMPLING.keys() | OUTPUT.keys()) - COMMANDS[command].keys()
+    of_http = given & HTTP_ONLY if command == "generate" else set[str]()
+    of_others = given & CONFIG.keys() - COMMANDS[command].keys()
+    why = {
+        "it starts no HTTP server": of_http,
+        "they belong to a request, not to a server": of_requests,
+        "they belong to other commands": of_others,
+    }
+    return [
+        f"note: no effect on {command}: {', '.join(sorted(idle))} ({reason})" for reason, idle in why.items() if idle
+    ]
+
+
+def _belongs(name: str) -> str:
+    if name not in CONFIG:
+        return "it goes with `generate` or with each request"
+    return f"it goes with {' and '.join(f'`{command}`' for command, names in COMMANDS.items() if name in names)}"
 
 
 @dataclass(frozen=True)
@@ -171,7 +276,7 @@ def _rewrite(phrase: Phrase, command: str) -> list[str]:
     name, value = phrase.name, phrase.value
     positive = name.removeprefix("no_")
     if positive in SETTINGS and positive not in COMMANDS[command]:
-        raise InvalidInput(phrase.spelling, f"is no flag of {command}; it goes with `generate` or with each request")
+        raise InvalidInput(phrase.spelling, f"is no flag of {command}; {_belongs(positive)}")
     if name in SETTINGS.keys() - BOOLEANS and phrase.rest and not _is_list(SETTINGS[name]):
         raise InvalidInput(phrase.spelling, f"takes one value; {phrase.rest[0]!r} is too many (text goes in quotes)")
     if positive in BOOLEANS:
@@ -296,7 +401,8 @@ def _check_shape(hint: Any, value: Any, spelling: str) -> None:
     """Refuse what would turn into a value that nobody wrote: YAML reads `no` as false and `010` as 8."""
     if isinstance(value, dict) or (isinstance(value, list) and not _is_list(hint)):
         raise InvalidInput(spelling, f"takes one value, not {value!r}")
-    if str in (hint, *get_args(hint)) and not isinstance(value, str):
+    items = value if isinstance(value, list) else [value]
+    if str in (hint, *get_args(hint)) and not all(isinstance(item, str) for item in items):
         raise InvalidInput(spelling, f"{value!r} is not text; put it in quotes")
 
 

@@ -10,18 +10,22 @@ import signal
 import sys
 import tempfile
 import time
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from launch.client import Client
+from launch.edge import Edge
+from launch.fleet import Fleet
 from launch.generator import Generator, Result
-from launch.observe import work_left
 from launch.progress import ProgressView
 from launch.supervisor import Supervisor
+from runtime.apikeys import line_for, new_key
 from runtime.config import Config
 from runtime.errors import RequestFailed, StartFailed
 from runtime.log import get_logger, setup_logging
+from runtime.places import Place
 from runtime.protocol import MeshState, Progress
 from runtime.sampling import SamplingParams
 
@@ -30,6 +34,9 @@ DRAIN_S = 3.0
 """How long idle ranks get to leave by themselves at the end."""
 OVERTIME_S = 30.0
 """How long the writing of checkpoints and the leaving may take after the time for a drain is over."""
+
+OWN_NAME = "framemesh-run"
+"""The account of the one prompt of `run`."""
 
 log = get_logger("launcher")
 
@@ -43,7 +50,36 @@ def serve(config: Config, folder: Path) -> int:
         StartFailed: the mesh did not come up, or broke in a way that it cannot repair.
     """
     setup_logging("launcher", config.log_level)
-    return asyncio.run(_serve(config, folder))
+
+    def start() -> Fleet:
+        return Fleet.local(config, folder, quiet=False)
+
+    return asyncio.run(
+        _stay_up(config, start, lambda fleet: f"framemesh serves {config.model_name} at {fleet.url}", config.model_path)
+    )
+
+
+def serve_mesh(config: Config, folder: Path) -> int:
+    """The same without a gateway: scheduler and workers, for gateways elsewhere."""
+    setup_logging("launcher", config.log_level)
+
+    async def stay_up() -> int:
+        mesh = Supervisor(config, folder, quiet=False)
+        ready = f"framemesh has a mesh of {config.model_name} at {mesh.scheduler_endpoint}"
+        return await _stay_up(config, lambda: Fleet([mesh]), lambda _: ready, config.model_path)
+
+    return asyncio.run(stay_up())
+
+
+def serve_gateway(config: Config, places: Sequence[Place]) -> int:
+    """The same without a mesh; its meshes may start later."""
+    setup_logging("launcher", config.log_level)
+
+    def start() -> Fleet:
+        return Fleet([], Edge(config, places, model_folder=None, quiet=False))
+
+    names = ", ".join(place.name for place in places)
+    return asyncio.run(_stay_up(config, start, lambda fleet: f"framemesh serves {names} at {fleet.url}"))
 
 
 def run_once(config: Config, folder: Path, params: SamplingParams, file_name: str | None) -> int:
@@ -93,57 +129,69 @@ class Signals:
             await asyncio.gather(task, signalled, return_exceptions=True)
 
 
-async def _serve(config: Config, folder: Path) -> int:
-    supervisor, signals = Supervisor(config, folder, with_gateway=True, quiet=False), Signals()
+async def _stay_up(
+    config: Config, start: Callable[[], Fleet], ready: Callable[[Fleet], str], loading: str | None = None
+) -> int:
+    fleet, signals = start(), Signals()
     cut_short = None
     try:
-        if await signals.during(_come_up(supervisor, config)):
+        if await signals.during(_come_up(fleet, ready, loading)):
             _say("stopping")
             return 0
-        asked = await signals.during(supervisor.wait_draining())
-        cut_short = await signals.during(_drain(supervisor, config.drain_timeout if asked else None))
+        asked = await signals.during(fleet.wait_draining())
+        cut_short = await signals.during(_drain(fleet, config.drain_timeout if asked else None))
         if cut_short:
             _say("stopping at once")
             return 128 + cut_short
         return 0
     finally:
-        await supervisor.stop(at_once=bool(cut_short))
+        await fleet.stop(at_once=bool(cut_short))
 
 
-async def _come_up(supervisor: Supervisor, config: Config) -> None:
-    await supervisor.start()
-    _say(f"{supervisor.devices_reason}; loading {config.model_path}")
-    await supervisor.wait_ready()
-    print(f"framemesh serves {config.model_name} at {supervisor.url}", flush=True)
+async def _come_up(fleet: Fleet, ready: Callable[[Fleet], str], loading: str | None) -> None:
+    await fleet.start()
+    if loading is not None:
+        _say(f"{fleet.devices_reason}; loading {loading}")
+    await fleet.wait_ready()
+    print(ready(fleet), flush=True)
 
 
-async def _drain(supervisor: Supervisor, timeout_s: float | None) -> None:
+async def _drain(fleet: Fleet, timeout_s: float | None) -> None:
     """Until the scheduler and the ranks have left; what did not end is in the store and the spool.
 
     Without a time somebody else has told the scheduler to drain, and how long it has.
     """
-    left = await asyncio.to_thread(work_left, supervisor.scheduler_endpoint)
+    left = await asyncio.to_thread(fleet.work_left)
     _say(f"draining{left and f': {left}'}; again to stop at once")
     if timeout_s is not None:
-        await supervisor.drain(timeout_s)
+        await fleet.drain(timeout_s)
     try:
         async with asyncio.timeout(None if timeout_s is None else timeout_s + OVERTIME_S):
-            await supervisor.watch()
+            await fleet.watch()
     except TimeoutError:
         log.error("the drain did not end in its time; what is left goes on at the next start", timeout_s=timeout_s)
 
 
+def with_own_key(config: Config, secret: str) -> Config:
+    """A server that asks for keys lets us in too."""
+    if not config.api_keys and config.api_keys_file is None:
+        return config
+    return replace(config, api_keys=(*config.api_keys, line_for(OWN_NAME, secret)))
+
+
 async def _run_once(config: Config, folder: Path, params: SamplingParams, file_name: str | None) -> int:
-    supervisor, signals = Supervisor(config, folder, with_gateway=True, quiet=True), Signals()
+    secret = new_key()
+    config = with_own_key(config, secret)
+    fleet, signals = Fleet.local(config, folder, quiet=True), Signals()
     made: list[tuple[Path, Path, int, dict[str, float]]] = []
     with ProgressView() as view:
-        supervisor.on_state = lambda state: _show_start(view, state)
+        fleet.tell_states(lambda state: _show_start(view, state))
 
         async def work() -> None:
-            await supervisor.start()
-            await supervisor.wait_ready()
-            ended = asyncio.create_task(supervisor.watch())
-            client = Client(supervisor.url)
+            await fleet.start()
+            await fleet.wait_ready()
+            ended = asyncio.create_task(fleet.watch())
+            client = Client(fleet.url, secret)
             # Closed, it waits for nobody any more in the thread.
             closing.callback(client.close)
             video = asyncio.create_task(asyncio.to_thread(_one_video, client, config, params, file_name, view))
@@ -164,8 +212,8 @@ async def _run_once(config: Config, folder: Path, params: SamplingParams, file_n
                 if signalled:
                     _say("stopping")
         finally:
-            await supervisor.leave(DRAIN_S)
-            await supervisor.stop()
+            await fleet.leave(DRAIN_S)
+            await fleet.stop()
     for video in made:
         _report(*video)
     return INTERRUPTED if signalled else 0

@@ -1,13 +1,10 @@
-"""One mesh on this host: starts scheduler, workers and gateway in order, and again when one dies or hangs; fences
-ranks, drains, stops everything.
+"""One mesh on this host: starts scheduler and workers in order, and again when one dies or hangs; fences ranks,
+drains, stops everything. Knows no gateway and no other mesh.
 
 launcher ── scheduler           python -P -m runtime
-         ├─ torchrun ── rank …  python -P -m torch.distributed.run … -m workers
-         └─ gateway             python -P -m gateway        (only with `with_gateway`)
+         └─ torchrun ── rank …  python -P -m torch.distributed.run … -m workers
 
-Whatever fails before the mesh was ever ready would fail the same way again and ends it. Later a process that dies is
-started again at its endpoints, up to `crash_limit` times in five minutes; lost ranks are torchrun's to start and the
-scheduler's to count.
+A scheduler that dies is started again at its endpoint; lost ranks are torchrun's to start and the scheduler's to count.
 """
 
 from __future__ import annotations
@@ -20,15 +17,13 @@ import socket
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
-import msgspec
 import psutil
 
-from launch.devices import pick_devices
-from launch.keeper import SILENT_S, End, Keeper, until_deaf, until_stopped
-from launch.observe import CONFIG_FILE, RunFolder, sweep_dead_folders
+from launch.devices import Devices, pick_devices
+from launch.keeper import SILENT_S, End, Keeper, until_stopped
+from launch.observe import RunFolder, sweep_dead_folders
+from launch.part import START_S, Part
 from launch.process import Child, python_module
 from runtime.config import Config, save_frozen
 from runtime.errors import PeerGone, StartFailed
@@ -36,12 +31,6 @@ from runtime.log import get_logger
 from runtime.protocol import Drain, Fence, FromScheduler, FromSupervisor, MeshState, SupervisorHello, Welcome
 from runtime.wire import AsyncChannel, incarnation
 
-GRACE_S = {"gateway": 5.0, "scheduler": 1.0}
-"""Between SIGTERM and SIGKILL. torchrun gets none: its ranks die with it, and it would print a traceback."""
-AT_ONCE_S = 1.0
-"""The most of it for somebody who will not wait."""
-START_S = 60.0
-"""How long a scheduler or a gateway may take to say its first word."""
 ASK_AFTER_S = 2.0
 """A scheduler that is silent for so long is greeted again: one that was started anew does not know us."""
 LEAVE_S = 5.0
@@ -50,21 +39,17 @@ LEAVE_S = 5.0
 log = get_logger("supervisor")
 
 
-class Supervisor:
-    """Owns the children, the folder of their sockets, and the control connection to the scheduler."""
+class Supervisor(Part):
+    """Owns the mesh's processes, the folder of their sockets, and the control connection to the scheduler."""
 
-    def __init__(self, config: Config, folder: Path, *, with_gateway: bool, quiet: bool) -> None:
-        """`quiet` sends what the children log to files, whose end is shown if one of them fails."""
-        self._devices = pick_devices(config.num_gpus, config.device, share=config.dist_backend == "staged")
-        self.config = replace(config, device=self._devices.kind)
+    def __init__(self, config: Config, folder: Path, *, quiet: bool, devices: Devices | None = None) -> None:
+        """`folder` is the model's. `devices` are those of this mesh's ranks; None picks them."""
+        self._devices = devices or pick_devices(config.num_gpus, config.device, share=config.dist_backend == "staged")
         self.devices_reason = self._devices.reason
-        self._model_folder = folder
-        self._with_gateway = with_gateway
-        self._quiet = quiet
         sweep_dead_folders()
-        self._folder = RunFolder(config.model_name)
-        self._run_dir = self._folder.path
-        self._config_file = self._run_dir / CONFIG_FILE
+        run_folder = RunFolder(config.model_name, scheduler=config.bind or "")
+        super().__init__(replace(config, device=self._devices.kind), run_folder, quiet=quiet)
+        self._model_folder = folder
         self._control: AsyncChannel[FromSupervisor, FromScheduler] | None = None
         self._epoch: int | None = None
         self._dead_epoch: int | None = None
@@ -75,43 +60,31 @@ class Supervisor:
             "scheduler": Keeper("scheduler", self._start_scheduler, self._until_scheduler_silent),
             "workers": Keeper("workers", self._start_workers, until_stopped),
         }
-        if with_gateway:
-            self._keepers["gateway"] = Keeper("gateway", self._start_gateway, self._until_gateway_deaf)
-        self._tasks: dict[str, asyncio.Task[None]] = {}
-        self._trouble: asyncio.Future[str] | None = None
         self._patience: asyncio.TimerHandle | None = None
-        self._ready = asyncio.Event()
         self._draining = asyncio.Event()
         self._left = asyncio.Event()
         """The scheduler has ended because it was drained."""
         self.on_state: Callable[[MeshState], None] = lambda state: None
-        self.url = ""
 
     @property
     def scheduler_endpoint(self) -> str:
-        return f"ipc://{self._run_dir}/scheduler"
+        return self.config.bind or f"ipc://{self._run_dir}/scheduler"
 
     @property
     def frames_endpoint(self) -> str:
+        """For a gateway of this very process."""
         return f"ipc://{self._run_dir}/frames"
 
-    @property
-    def pids(self) -> dict[str, int]:
-        return {name: keeper.child.pid for name, keeper in self._keepers.items() if keeper.child is not None}
+    def tell_url(self, url: str) -> None:
+        """Have it told where the mesh is served over HTTP."""
+        self._folder.tell_url(url)
 
     async def start(self) -> None:
-        """Start every process; returns before the model is loaded.
-
-        Raises:
-            StartFailed: the gateway did not come up.
-        """
-        self._trouble = asyncio.get_running_loop().create_future()
+        """Start every process; returns before the model is loaded."""
         save_frozen(self.config, self._config_file)
         self._control = AsyncChannel.connect(self.scheduler_endpoint, FromScheduler, incarnation("supervisor"))
         self._tasks["listener"] = asyncio.create_task(self._listen(self._control))
-        for name, keeper in self._keepers.items():
-            await keeper.start()
-            self._tasks[name] = asyncio.create_task(self._keep(keeper), name=f"keeper of {name}")
+        await super().start()
 
     async def wait_ready(self) -> None:
         """Until every rank has loaded the model.
@@ -165,52 +138,9 @@ class Supervisor:
     async def stop(self, *, at_once: bool = False) -> None:
         """End every process and remove every socket; safe to call at any time."""
         self._expect_back(None)
-        for task in self._tasks.values():
-            task.cancel()
-        await asyncio.gather(*self._tasks.values(), return_exceptions=True)
-        most_s = AT_ONCE_S if at_once else max(GRACE_S.values())
-        children = [keeper.child for keeper in self._keepers.values() if keeper.child is not None]
-        await asyncio.gather(*(child.stop(min(GRACE_S.get(child.name, 0.0), most_s)) for child in children))
+        await super().stop(at_once=at_once)
         if self._control is not None:
             self._control.close()
-        self._folder.remove()
-
-    async def _until(self, *events: asyncio.Event) -> None:
-        """Until one of them happens; raises StartFailed for what breaks first."""
-        assert self._trouble is not None
-        waiters: list[asyncio.Future[Any]] = [asyncio.create_task(event.wait()) for event in events]
-        try:
-            await asyncio.wait([self._trouble, *waiters], return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            for waiter in waiters:
-                waiter.cancel()
-        if self._trouble.done():
-            raise StartFailed(self._trouble.result())
-
-    async def _keep(self, keeper: Keeper) -> None:
-        """Start a process again whenever it is gone, until it is not wanted any more or dies too often."""
-        while True:
-            end = await keeper.end()
-            reason = f"the {keeper.name} process {end.words}{self._last_words(keeper.name)}"
-            if self._is_due(keeper, end):
-                return
-            if not self._ready.is_set():
-                self._give_up(reason)
-                return
-            deaths = keeper.note_death()
-            if deaths >= self.config.crash_limit:
-                often = f", {deaths} deaths in five minutes (--crash-limit)" if deaths > 1 else ""
-                self._give_up(f"{reason}{often}")
-                return
-            log.error("starting a process again", process=keeper.name, reason=reason, deaths=deaths)
-            try:
-                await keeper.start()
-            except OSError as error:
-                self._give_up(f"{reason}; starting it again failed: {error}")
-                return
-            except StartFailed as error:
-                # The child is dead or deaf, which is what the next turn finds out.
-                log.error("it did not start", process=keeper.name, reason=str(error))
 
     def _is_due(self, keeper: Keeper, end: End) -> bool:
         """Whether a process that is gone was expected to go."""
@@ -224,35 +154,15 @@ class Supervisor:
 
     async def _start_scheduler(self) -> None:
         self._dead_epoch, self._heard = self._epoch, False
-        with contextlib.suppress(FileNotFoundError):
-            # A killed scheduler leaves its socket behind.
-            os.unlink(self.scheduler_endpoint.removeprefix("ipc://"))
+        if self.scheduler_endpoint.startswith("ipc://"):
+            with contextlib.suppress(FileNotFoundError):
+                # A killed scheduler leaves its socket behind.
+                os.unlink(self.scheduler_endpoint.removeprefix("ipc://"))
         await self._spawn("scheduler", python_module("runtime", "--bind", self.scheduler_endpoint, *self._shared), {})
         await self._greet()
 
     async def _start_workers(self) -> None:
         await self._spawn("workers", self._torchrun(), self._worker_environment())
-
-    async def _start_gateway(self) -> None:
-        """Raises StartFailed if it does not say where it listens."""
-        endpoints = ("--scheduler", self.scheduler_endpoint, "--frames", self.frames_endpoint)
-        child = await self._spawn("gateway", python_module("gateway", *endpoints, *self._shared), {}, True)
-        line = ""
-        with contextlib.suppress(TimeoutError):
-            line = await asyncio.wait_for(child.first_line(), START_S)
-        if not line:
-            raise StartFailed(f"the gateway did not start{self._last_words('gateway')}")
-        self.url = msgspec.json.decode(line)["url"]
-        # The next one has to listen where this one did, whatever port was asked for.
-        save_frozen(replace(self.config, port=urlsplit(self.url).port or 0), self._config_file)
-        self._folder.tell_url(self.url)
-
-    async def _spawn(
-        self, name: str, command: list[str], environment: dict[str, str], announces: bool = False
-    ) -> Child:
-        child = await Child.start(name, command, environment, self._log_file(name), announces=announces)
-        self._keepers[name].child = child
-        return child
 
     async def _until_scheduler_silent(self, _child: Child) -> str:
         """Until it has not spoken for too long; it speaks once a second, or when it is greeted."""
@@ -266,9 +176,6 @@ class Supervisor:
             elif quiet_s >= ASK_AFTER_S:
                 await self._greet()
         return f"was silent for {quiet_s:.0f} s"
-
-    async def _until_gateway_deaf(self, _child: Child) -> str:
-        return await until_deaf(self.url)
 
     async def _greet(self) -> None:
         assert self._control is not None
@@ -326,20 +233,6 @@ class Supervisor:
                 log.error("fencing", rank=message.rank, pid=message.pid, reason=message.reason)
                 os.kill(message.pid, signal.SIGKILL)
 
-    def _give_up(self, reason: str) -> None:
-        if self._trouble is not None and not self._trouble.done():
-            self._trouble.set_result(reason)
-
-    def _last_words(self, name: str) -> str:
-        path = self._log_file(name)
-        if path is None or not path.exists():
-            return ""
-        lines = path.read_text(errors="replace").splitlines()[-8:]
-        return "; its last lines:\n  " + "\n  ".join(lines) if lines else ""
-
-    def _log_file(self, name: str) -> Path | None:
-        return self._run_dir / f"{name}.log" if self._quiet else None
-
     @property
     def _shared(self) -> tuple[str, ...]:
         return "--config", str(self._config_file), "--model-folder", str(self._model_folder)
@@ -354,7 +247,7 @@ class Supervisor:
         return python_module("torch.distributed.run", *elastic, *logs, *restarts, *worker)
 
     def _worker_environment(self) -> dict[str, str]:
-        threads = max((os.cpu_count() or 1) // self.config.num_gpus, 1)
+        threads = max((os.cpu_count() or 1) // (self.config.num_gpus * self.config.replicas), 1)
         environment = {
             "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(threads)),
             # Threads that spin while they wait make two ranks on the same cores up to 100 times slower.

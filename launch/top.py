@@ -1,4 +1,4 @@
-"""What a person sees of a running mesh: the live view, the list of requests, the end of one. Knows no sockets."""
+"""What a person sees of running meshes: the live view, the list of requests, the end of one. Knows no sockets."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 
 import msgspec
 from rich.console import Console, Group, JustifyMethod, RenderableType
@@ -16,7 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from launch.observe import MeshFile, Observer, observe_mesh
+from launch.observe import ANSWER_S, MeshFile, Observer, cancel_request, observe_meshes
 from runtime.errors import NotReady
 from runtime.protocol import JobStatus, RankStatus, Status, StepTime
 
@@ -28,58 +29,88 @@ SILENT_S = 3.0
 MIB, GIB = 1 << 20, 1 << 30
 
 
+@dataclass
+class _Watched:
+    """A mesh, and what it said last."""
+
+    observer: Observer
+    status: Status
+    heard: float
+    """Monotonic seconds."""
+
+    def view(self) -> RenderableType:
+        return view(self.status, self.observer.about, self.observer.place, time.monotonic() - self.heard)
+
+
 def top(place: str | None, *, once: bool) -> int:
-    """Follow a mesh until q or Ctrl-C, or print one snapshot.
+    """Follow a mesh, or all there are, until q or Ctrl-C, or print one snapshot.
 
     Raises:
-        FramemeshError: there is no mesh, several, or it has stopped.
+        FramemeshError: there is no mesh, or the last one has stopped.
     """
     console = _console()
-    with observe_mesh(place) as (observer, status):
+    with observe_meshes(place) as meshes:
+        watched = [_Watched(observer, status, time.monotonic()) for observer, status in meshes]
         if once or not console.is_terminal:
-            console.print(view(status, observer.about, observer.place))
+            console.print(_picture(watched))
             return 0
         with contextlib.suppress(KeyboardInterrupt):
-            _follow(console, observer, status)
+            _follow(console, watched)
     return 0
 
 
 def jobs(place: str | None, *, as_json: bool) -> int:
     """Print the active requests and the first of the queue."""
-    with observe_mesh(place) as (_, status):
+    with observe_meshes(place) as meshes:
         if as_json:
-            listed = [msgspec.structs.asdict(job) for job in status.jobs]
+            listed = [
+                msgspec.structs.asdict(job) | {"mesh": observer.place}
+                for observer, status in meshes
+                for job in status.jobs
+            ]
             print(msgspec.json.format(msgspec.json.encode(listed)).decode())
-        elif status.jobs:
-            _console().print(_job_table(status.jobs))
-        more = _left_out(status)
-        if more or not status.jobs:
+        for observer, status in meshes if not as_json else ():
+            if len(meshes) > 1:
+                _console().print(Text(_clean(observer.place), "bold"))
+            if status.jobs:
+                _console().print(_job_table(status.jobs))
+        more = sum(_left_out(status) for _, status in meshes)
+        if more or not any(status.jobs for _, status in meshes):
             print(f"{more} more are queued" if more else "no requests", file=sys.stderr)
     return 0
 
 
 def cancel(place: str | None, prefix: str) -> int:
     """End the request whose id begins so."""
-    with observe_mesh(place) as (observer, _):
-        request_id, over = observer.cancel(prefix, "cancelled by the operator")
+    request_id, over = cancel_request(place, prefix, "cancelled by the operator")
     print(f"cancelled {request_id}" if over else f"{request_id} ends when its work item does")
     return 0
 
 
-def _follow(console: Console, observer: Observer, status: Status) -> None:
-    heard = time.monotonic()
+def _follow(console: Console, watched: list[_Watched]) -> None:
     with _keyboard() as quit_pressed, Live(console=console, screen=True, auto_refresh=False) as live:
         while True:
-            silent_s = time.monotonic() - heard
-            live.update(view(status, observer.about, observer.place, silent_s), refresh=True)
+            live.update(_picture(watched), refresh=True)
             if quit_pressed(REFRESH_S):
                 return
-            observer.ask()
-            answer = observer.answer()
-            if answer is not None:
-                status, heard = answer, time.monotonic()
-            elif observer.stopped:
-                raise NotReady(f"the mesh at {observer.place} has stopped")
+            for mesh in watched:
+                mesh.observer.ask()
+            until = time.monotonic() + ANSWER_S
+            for mesh in tuple(watched):
+                answer = mesh.observer.answer(max(until - time.monotonic(), 0))
+                if answer is not None:
+                    mesh.status, mesh.heard = answer, time.monotonic()
+                elif mesh.observer.stopped and len(watched) > 1:
+                    watched.remove(mesh)
+                elif mesh.observer.stopped:
+                    raise NotReady(f"the mesh at {mesh.observer.place} has stopped")
+
+
+def _picture(watched: list[_Watched]) -> RenderableType:
+    parts: list[RenderableType] = []
+    for mesh in watched:
+        parts += [Text(), mesh.view()] if parts else [mesh.view()]
+    return Group(*parts)
 
 
 @contextlib.contextmanager

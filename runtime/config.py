@@ -10,12 +10,15 @@ import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
+from urllib.parse import urlsplit
 
 import msgspec
 
+from runtime.apikeys import parse_keys, parse_rate
 from runtime.bounds import MAX_PROMPT_CHARS
 from runtime.errors import InvalidInput
 from runtime.layout import Heads, Layout, derive_layout
+from runtime.places import read_places
 
 Precision = Literal["fp16", "bf16", "fp32"]
 LogLevel = Literal["debug", "info", "warning", "error"]
@@ -49,13 +52,25 @@ class Config:
     """A diffusers folder, a Hugging Face model id, or "demo" (the model shipped with framemesh)."""
     revision: str | None = None
     """Branch, tag or commit of a model id."""
-    served_model_name: str | None = None
-    """Name under which clients know the model; unset: the model path."""
+    served_model_name: tuple[str, ...] = ()
+    """Names under which clients know the model: the first is the one in answers, the others are aliases. Unset: the
+    model path."""
+    allow_any_model: bool = False
+    """Take a request for a model that is not served here as one for the first model."""
     backend: Literal["auto", "framemesh", "sglang"] = "auto"
     """auto or framemesh (alias sglang): the native families; a model outside them is refused."""
 
     num_gpus: int = 1
     """Ranks of the worker mesh: GPUs, or CPU processes where there is no GPU."""
+    replicas: int = 1
+    """Meshes of that many ranks each, side by side on this host behind one gateway."""
+    bind: str | None = None
+    """Endpoint of the scheduler for gateways elsewhere, such as tcp://10.0.0.1:5555; unset: a socket on this host."""
+    mesh: tuple[str, ...] = ()
+    """The meshes of a gateway without its own: NAME=SCHEDULER[,SCHEDULER…] for each model, one SCHEDULER a replica."""
+    frames_bind: str | None = None
+    """Where a gateway takes frames from meshes on other hosts: tcp://ADDRESS:PORT of this host, the next ports for
+    further meshes; port 0 takes free ones."""
     sp_degree: int | None = None
     """Sequence-parallel degree (ring * ulysses); unset: derived."""
     ulysses_degree: int | None = None
@@ -140,6 +155,24 @@ class Config:
     allow_private_urls: bool = False
     """Let clients name URLs (of images, of webhooks) on loopback and private addresses."""
 
+    api_keys_file: str | None = None
+    """File of the API keys that are let in, mode 0600, lines made by `framemesh apikey NAME`; it is read again when it
+    changes. Unset, and without --api-keys: everybody may ask."""
+    api_keys: tuple[str, ...] = ()
+    """API keys as lines of such a file: NAME:SHA256, with :rate=60/minute and :concurrent=4 if these differ."""
+    protect_metrics: bool = False
+    """Ask for an API key at /metrics too."""
+    rate_limit: str | None = None
+    """Requests for videos and images that one API key may make in a time, such as 60/minute; unset: no limit."""
+    max_concurrent_per_key: int | None = None
+    """Videos and images of one API key that may be unfinished at once; unset: no limit."""
+    max_queue: int = 1000
+    """Requests that may wait at this gateway; 0: no limit."""
+    max_pixels: int | None = None
+    """Most pixels of one request: width * height * frames * images; unset: no limit but the model's."""
+    lenient: bool = False
+    """Ignore fields that are unknown and values that cannot be had, and say so in `warnings`, instead of refusing."""
+
     checkpoint_every_steps: int = 10
     """Denoising steps between two checkpoints of a request; 0 writes none, so that after a crash it starts again."""
     spool_dir: str | None = None
@@ -188,7 +221,7 @@ class Config:
 
     @property
     def model_name(self) -> str:
-        return self.served_model_name or self.model_path
+        return self.served_model_name[0] if self.served_model_name else self.model_path
 
 
 def check_config(config: Config) -> None:
@@ -198,14 +231,16 @@ def check_config(config: Config) -> None:
         InvalidInput: names the field.
     """
     _check_parallel(config)
+    _check_places(config)
     _check_gateway(config)
+    _check_admission(config)
     if not config.vae_config.load_decoder:
         raise InvalidInput("vae_config.load_decoder", "must be true: without the decoder there are no frames")
     if not 1 <= config.max_prompt_chars <= MAX_PROMPT_CHARS:
         raise InvalidInput(
             "max_prompt_chars", f"{config.max_prompt_chars} is out of range; take 1 to {MAX_PROMPT_CHARS}"
         )
-    for name in ("batching_max_size", "max_active", "crash_limit"):
+    for name in ("batching_max_size", "max_active", "crash_limit", "replicas"):
         if getattr(config, name) < 1:
             raise InvalidInput(name, f"{getattr(config, name)} is too few; take 1 or more")
     for name in ("checkpoint_every_steps", "checkpoint_max_bytes", "drain_timeout"):
@@ -218,6 +253,48 @@ def check_config(config: Config) -> None:
         value = getattr(config.vae_config, name)
         if value is not None and value < 64:
             raise InvalidInput(f"vae_config.{name}", f"{value} is below the smallest tile of 64 pixels")
+
+
+def _check_admission(config: Config) -> None:
+    parse_keys("api_keys", config.api_keys)
+    if config.rate_limit is not None:
+        parse_rate("rate_limit", config.rate_limit)
+    for name in ("max_concurrent_per_key", "max_pixels"):
+        value = getattr(config, name)
+        if value is not None and value < 1:
+            raise InvalidInput(name, f"{value} would let nothing in; take 1 or more, or leave it out")
+    if config.max_queue < 0:
+        raise InvalidInput("max_queue", f"{config.max_queue} is negative; take 0 (no limit) or more")
+    names: object = config.served_model_name
+    if isinstance(names, str):
+        raise InvalidInput("served_model_name", f"{names!r} is text; give a tuple of names")
+    if not all(config.served_model_name):
+        raise InvalidInput("served_model_name", "holds an empty name")
+    if len(set(config.served_model_name)) < len(config.served_model_name):
+        raise InvalidInput("served_model_name", "holds the same name twice")
+
+
+def _check_places(config: Config) -> None:
+    if config.mesh:
+        read_places("mesh", config.mesh)
+    for name, least in (("bind", 1), ("frames_bind", 0)):
+        endpoint = getattr(config, name)
+        if endpoint is None or (name == "bind" and endpoint.startswith("ipc://")):
+            continue
+        form = f"{endpoint} is not of the form tcp://ADDRESS:PORT"
+        try:
+            url = urlsplit(endpoint)
+            host, port = url.hostname, url.port
+        except ValueError as error:
+            raise InvalidInput(name, form) from error
+        if url.scheme != "tcp" or host is None or port is None or url.path:
+            raise InvalidInput(name, form)
+        if host in {"*", "0.0.0.0", "::"}:
+            raise InvalidInput(
+                name, f"{host} is no address to connect to; take the one under which others reach this host"
+            )
+        if port < least:
+            raise InvalidInput(name, "port 0 is a different one at each start; name one that gateways can know")
 
 
 def _check_outputs(config: Config) -> None:

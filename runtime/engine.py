@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import time
 
+import msgspec
+
 from runtime.diary import Diary
 from runtime.errors import PeerGone
 from runtime.log import get_logger
 from runtime.protocol import (
     Cancel,
+    Cancelled,
     Checkpointed,
     CheckpointFailed,
     Done,
@@ -41,6 +44,9 @@ BEAT_S = 1.0
 """How often gateways and supervisors are written to, news or not: only a send shows who is gone, and only silence
 tells them that we are."""
 
+BACKLOG_CHANGE = 0.1
+"""Gateways hear of the backlog when it has changed by this part, with a beat."""
+
 MOST_TOLD = 1000
 
 log = get_logger("engine")
@@ -66,6 +72,7 @@ class Engine:
         self._model: ModelInfo | None = None
         self._reason = "the workers are starting"
         self._beaten = 0.0
+        self._backlog_told = 0.0
         self._trace = trace
         self._step_times = StepTimes()
         self._diary = Diary()
@@ -118,8 +125,7 @@ class Engine:
                 self._diary.submitted(message.requests)
                 self._scheduler.submit(sender, message.requests, now)
             case Cancel():
-                gateway = sender if sender in self._gateways else None
-                self._scheduler.cancel(message.request_id, message.reason, now, gateway)
+                self._cancel(sender, message, now)
             case Stored():
                 self._scheduler.stored(sender, message.request_id, now)
             case Grant():
@@ -135,6 +141,15 @@ class Engine:
                 self._scheduler.checkpointed(message.request_id, message.saved)
             case _:
                 self._hear_rank(sender, message, now)
+
+    def _cancel(self, sender: bytes, message: Cancel, now: float) -> None:
+        """A gateway always hears that its request is over, known or not, or another gateway's since: it may wait for
+        that word."""
+        gateway = sender if sender in self._gateways else None
+        record = self._scheduler.requests.get(message.request_id)
+        self._scheduler.cancel(message.request_id, message.reason, now, gateway)
+        if gateway is not None and (record is None or record.gateway != gateway):
+            self._send(gateway, Cancelled(message.request_id, message.reason))
 
     def _hear_stale(self, sender: bytes, message: ToScheduler, now: float) -> None:
         """Somebody who knew our predecessor: it learns our epoch and says hello again."""
@@ -231,8 +246,17 @@ class Engine:
             self._beaten = now
             for gateway in tuple(self._gateways):
                 self._tell_gateway(gateway, Welcome(self._epoch), now)
+            self._tell_backlog(now)
             for supervisor in self._supervisors:
                 self._send(supervisor, Welcome(self._epoch))
+
+    def _tell_backlog(self, now: float) -> None:
+        backlog = self._scheduler.backlog_s
+        if abs(backlog - self._backlog_told) > BACKLOG_CHANGE * self._backlog_told:
+            self._backlog_told = backlog
+            news = msgspec.structs.replace(self._state(now), model=None)
+            for gateway in tuple(self._gateways):
+                self._tell_gateway(gateway, news, now)
 
     def _start(self, item: WorkItem, now: float) -> None:
         for rank in item.ranks:
@@ -286,6 +310,7 @@ class Engine:
             scheduler.losses.total,
             scheduler.draining,
             scheduler.losses.crash_loop(now),
+            scheduler.backlog_s,
         )
 
     def _stop_when_drained(self, now: float) -> None:

@@ -195,7 +195,8 @@ class Cancelled(Message, frozen=True):
 
 
 class MeshState(Message, frozen=True):
-    """Whether the mesh takes work, and why not. `model` is set once it is loaded."""
+    """Whether the mesh takes work, and why not. `model` is set once it is loaded, and left out where nothing but the
+    backlog is new: tokenizers are large."""
 
     ready: bool
     reason: str
@@ -208,6 +209,8 @@ class MeshState(Message, frozen=True):
     """Takes no new work and ends when what runs has ended."""
     gave_up: bool = False
     """The worker group was lost too often in a short time; `reason` is the last loss."""
+    backlog_s: Seconds = 0.0
+    """Predicted seconds until all that was accepted is done, if nothing else arrives."""
 
 
 class Welcome(Message, frozen=True):
@@ -276,6 +279,16 @@ class Encode(Message, frozen=True):
     """By request; those that are not in it start at step 0."""
 
 
+class PreviewTo(msgspec.Struct, frozen=True):
+    """A preview that is due when a denoise item ends."""
+
+    request_id: Id
+    endpoint: Place
+    """Where its gateway takes frames."""
+    attempt: Times
+    """Goes into the header."""
+
+
 class Denoise(Message, frozen=True):
     """`steps` denoising steps of a batch on a layout."""
 
@@ -284,6 +297,7 @@ class Denoise(Message, frozen=True):
     layout: Layout
     request_ids: Ids
     steps: SomeSteps
+    previews: Annotated[tuple[PreviewTo, ...], Meta(max_length=MAX_REQUESTS)] = ()
 
 
 class Decode(Message, frozen=True):
@@ -514,6 +528,8 @@ class Status(Message, frozen=True):
     """Messages dropped because they could not be read."""
     draining: bool = False
     totals: Totals = Totals()
+    prefix: str = ""
+    """That of the question."""
 
 
 FromGateway = GatewayHello | Submit | Cancel | Stored | Grant | Observe

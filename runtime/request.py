@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from runtime.protocol import Request, SavedState, Usage
+from runtime.sampling import preview_steps
 
 
 class Stage(StrEnum):
@@ -101,6 +102,16 @@ class RequestRecord:
     @property
     def total_steps(self) -> int:
         return self.request.params.num_inference_steps
+
+    @property
+    def preview_steps(self) -> tuple[int, ...]:
+        """After which steps its gateway wants to see something."""
+        return preview_steps(self.total_steps, self.request.previews)
+
+    @property
+    def next_stop(self) -> int:
+        """The step at which an item of it has to end: a preview is due, or it was the last."""
+        return next((step for step in self.preview_steps if step > self.step), self.total_steps)
 
     @property
     def resume_step(self) -> int:

@@ -38,6 +38,7 @@ from runtime.protocol import (
     Encode,
     Failed,
     Measurement,
+    PreviewTo,
     Progress,
     Request,
     SavedState,
@@ -328,6 +329,11 @@ class Scheduler:
         """(place in its key's line, predicted seconds until its last frame if nothing else arrives)."""
         return outlook(record, self._active.values(), self._queue, self.predictions, self.limits)
 
+    @property
+    def backlog_s(self) -> float:
+        """Predicted seconds until every accepted request is done, one after the other."""
+        return sum(record.remaining_s for record in self._requests.values())
+
     def _next_item(self, waiting: Waiting, free: list[int], now: float) -> Encode | Denoise | Decode | None:
         self._fair.wait(set(waiting))
         admitting = True
@@ -404,11 +410,18 @@ class Scheduler:
             joining = next((r for k in keys for r in lines[k]), None) if admitting and len(batch) < budget else None
             if joining is not None and self._has_room(joining):
                 return self._encode(chain.from_iterable(lines[k] for k in keys), budget - len(batch), now)
-        left = min(record.total_steps - record.step for record in batch)
+        left = min(record.next_stop - record.step for record in batch)
         steps = self._units(self.cost.predict("denoise", params, self.layout, len(batch)), left)
         for record in batch:
             record.running = True
-        return Denoise(self._next_seq(), self._all_ranks(), self.layout, tuple(r.id for r in batch), steps)
+        ids, previews = tuple(record.id for record in batch), tuple(self._previews(batch, steps))
+        return Denoise(self._next_seq(), self._all_ranks(), self.layout, ids, steps, previews)
+
+    def _previews(self, batch: Iterable[RequestRecord], steps: int) -> Iterator[PreviewTo]:
+        """Those that are due after so many steps, for gateways that are there."""
+        for record in batch:
+            if record.step + steps in record.preview_steps and record.gateway in self._gateways:
+                yield PreviewTo(record.id, self._gateways.endpoint(record.gateway), record.attempt)
 
     def _batch_budget(self, first: RequestRecord, key: Hashable) -> int:
         if first.alone:

@@ -90,6 +90,7 @@ def take_status(
         dropped=dropped,
         draining=scheduler.draining,
         totals=scheduler.tally.totals,
+        prefix=prefix,
     )
 
 

@@ -123,6 +123,8 @@ class FakeMesh:
     stale: int = 0
     draining: bool = False
     gave_up: str = ""
+    backlog_s: float = 0.0
+    loses_cancels: bool = False
     looks: int = 0
     """How often somebody asked how things stand."""
     blind: bool = False
@@ -131,6 +133,8 @@ class FakeMesh:
     """What it says that it did."""
     hellos: list[int] = field(default_factory=list)
     """The epoch in which each gateway's hello came."""
+    backlog_s: float = 0.0
+    """What it predicts for all that it has accepted."""
 
     def __post_init__(self) -> None:
         self.model = demo_model()
@@ -141,6 +145,7 @@ class FakeMesh:
         self._frames: dict[str, Channel[FramesChunk, ToScheduler]] = {}
         self._ended = threading.Event()
         self._announce = threading.Event()
+        self._frozen = threading.Event()
         self._orders: list[Callable[[], None]] = []
         self._beaten = 0.0
         self._bind()
@@ -171,6 +176,17 @@ class FakeMesh:
     def become_ready(self) -> None:
         self.ready = True
         self._announce.set()
+
+    def announce(self) -> None:
+        """Tell every gateway how things stand."""
+        self._announce.set()
+
+    def freeze(self) -> None:
+        """As SIGSTOP: what is sent to it is read when it goes on."""
+        self._order(self._frozen.set)
+
+    def thaw(self) -> None:
+        self._frozen.clear()
 
     def drain(self) -> None:
         self._order(self._drain)
@@ -236,11 +252,19 @@ class FakeMesh:
             time.sleep(0.005)
         raise AssertionError(f"no request came to {mark}: {[r.mark for r in self._running.values()]}")
 
+    def at(self, request_id: str) -> str:
+        """The mark that a request has come to; empty if it does not run here."""
+        running = self._running.get(request_id)
+        return running.mark if running is not None else ""
+
     def _loop(self) -> None:
         try:
             while not self._ended.is_set():
                 while self._orders:
                     self._orders.pop(0)()
+                if self._frozen.is_set():
+                    time.sleep(0.01)
+                    continue
                 self._receive(0.001 if any(map(self._may_go_on, self._running.values())) else 0.02)
                 self._beat()
                 if self._announce.is_set():
@@ -289,13 +313,9 @@ class FakeMesh:
             case Drain():
                 self._drain()
             case Observe():
-                self._answer(sender)
+                self._answer(sender, message.prefix)
             case Cancel():
-                self.cancelled.append(message.request_id)
-                running = self._running.get(message.request_id)
-                if running is not None and running.gateway == sender:
-                    del self._running[message.request_id]
-                    self._tell(sender, Cancelled(message.request_id, message.reason))
+                self._cancel(sender, message)
             case Stored():
                 self.stored.append(message.request_id)
                 running = self._running.get(message.request_id)
@@ -305,11 +325,20 @@ class FakeMesh:
                 self._credits[sender] = self._credits.get(sender, 0) + message.credits
                 self.most_credits = max(self.most_credits, self.credits)
 
-    def _answer(self, observer: bytes) -> None:
+    def _cancel(self, gateway: bytes, message: Cancel) -> None:
+        self.cancelled.append(message.request_id)
+        if self.loses_cancels:
+            return
+        running = self._running.get(message.request_id)
+        if running is not None and running.gateway == gateway:
+            del self._running[message.request_id]
+        self._tell(gateway, Cancelled(message.request_id, message.reason))
+
+    def _answer(self, observer: bytes, prefix: str) -> None:
         self.looks += 1
         if not self.blind:
             self._tell(observer, Welcome(self.epoch))
-            self._tell(observer, self.status())
+            self._tell(observer, self.status(prefix))
 
     def _take(self, request: Request, gateway: bytes) -> None:
         """A request that runs already goes on for the gateway that asks for it now."""
@@ -331,15 +360,18 @@ class FakeMesh:
             self._gateways.pop(gateway, None)
 
     def _state(self) -> MeshState:
+        return msgspec.structs.replace(self._readiness(), backlog_s=self.backlog_s)
+
+    def _readiness(self) -> MeshState:
         if self.gave_up:
             return MeshState(False, self.gave_up, 0, 2, self.model, gave_up=True)
         if self.draining:
             return MeshState(False, "draining", 2, 2, self.model, draining=True)
         if not self.ready:
             return MeshState(False, "the workers are starting", 1, 2)
-        return MeshState(True, "ready", 2, 2, self.model)
+        return MeshState(True, "ready", 2, 2, self.model, backlog_s=self.backlog_s)
 
-    def status(self) -> Status:
+    def status(self, prefix: str = "") -> Status:
         """Two ranks that do nothing, whatever runs."""
         state = self._state()
         return Status(
@@ -357,6 +389,7 @@ class FakeMesh:
             jobs=tuple(
                 JobStatus(one.request.id, one.request.key, one.mark.partition(":")[0], 0, 4, 1.0, 0.0, 1.0)
                 for one in self._running.values()
+                if one.request.id.startswith(prefix)
             ),
             queued={},
             step_times=(StepTime("denoise", 2, 5, 0.1, 0.2),),
@@ -365,6 +398,7 @@ class FakeMesh:
             dropped=0,
             draining=self.draining,
             totals=self.totals,
+            prefix=prefix,
         )
 
     def _may_go_on(self, running: _Running) -> bool:

@@ -19,10 +19,12 @@ from fake_mesh import FakeMesh
 from gateway.__main__ import listen, store_url
 from gateway.app import create_app
 from gateway.catalog import Catalog, Model
+from gateway.http1 import Http
 from gateway.jobs.runner import JobRunner
 from gateway.jobs.store import JobStore
 from gateway.media.mp4 import read_frames
 from gateway.mesh import Mesh
+from gateway.replicas import Replicas
 from launch.process import child_environment
 from runtime.config import Config
 
@@ -49,19 +51,27 @@ class Gateway:
 
     async def _serve(self) -> None:
         self._loop = asyncio.get_running_loop()
-        frames = f"ipc://{self.fake.folder}/frames{id(self)}"
-        mesh = Mesh(self.fake.endpoint, frames, batching_delay_s=self.config.batching_delay_ms / 1000)
-        catalog = Catalog([Model(self.config.model_name, self.fake.card, mesh)])
+        catalog = self._catalog()
         store = JobStore(store_url(self.config), lease_s=self.config.job_lease)
         self.app = create_app(self.config, catalog, store, max_body_bytes=self._max_body_bytes)
-        settings = uvicorn.Config(self.app, log_config=None, access_log=False, timeout_graceful_shutdown=1)
+        settings = uvicorn.Config(self.app, http=Http, log_config=None, access_log=False, timeout_graceful_shutdown=1)
         self._server = uvicorn.Server(settings)
         self._loop.call_soon(self._started.set)
         await self._server.serve([self._listening])
 
+    def _catalog(self) -> Catalog:
+        replicas, aliases = Replicas([self._connect(self.fake)]), self.config.served_model_name[1:]
+        model = Model(self.config.model_name, self.fake.card, replicas, aliases)
+        return Catalog([model], allow_any=self.config.allow_any_model)
+
+    def _connect(self, fake: FakeMesh) -> Mesh:
+        frames = f"ipc://{fake.folder}/frames{id(self)}"
+        return Mesh(fake.endpoint, frames, batching_delay_s=self.config.batching_delay_ms / 1000)
+
     @property
     def mesh(self) -> Mesh:
-        return self.app.state.services.catalog.default.mesh
+        """The only one, or the first."""
+        return self.app.state.services.catalog.default.mesh.meshes[0]
 
     @property
     def runner(self) -> JobRunner:

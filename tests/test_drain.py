@@ -175,7 +175,7 @@ def test_a_second_signal_stops_at_once_and_the_next_server_goes_on(serve, short_
 @pytest.mark.slow
 def test_the_drain_command_ends_a_server_when_its_work_has(serve, short_tmp):
     server = serve().wait_ready()
-    video_id = server.create(num_inference_steps=30)
+    video_id = server.create(num_inference_steps=150)
     server.until(video_id, "step", step=1)
     command = [sys.executable, "-P", "-m", "launch", "drain", "--timeout", "60"]
     drained = subprocess.run(command, env=child_environment({}), capture_output=True, text=True, timeout=60, check=True)

@@ -244,6 +244,27 @@ def test_a_request_goes_to_the_ranks_and_back(stage):
     ]
 
 
+def test_gateways_hear_how_much_work_there_is(stage):
+    gateway = stage.gateway()
+    gateway.send(Submit((request("r1"), request("r2"))))
+    news = gateway.expect(MeshState, lambda state: state.backlog_s > 0)
+    assert news.backlog_s == pytest.approx(2 * stage.scheduler.requests["r1"].remaining_s)
+    gateway.send(Cancel("r2"))
+    assert gateway.expect(MeshState).backlog_s == pytest.approx(news.backlog_s / 2)
+    gateway.send(Cancel("r1"))
+    assert gateway.expect(MeshState).backlog_s == 0
+    gateway.expect(Welcome)
+    gateway.hears_none(MeshState)
+
+
+def test_news_of_the_backlog_leaves_the_model_out(stage):
+    gateway, _ = stage.gateway(), stage.ranks()
+    assert gateway.expect(MeshState, lambda state: state.ready).model == MODEL
+    gateway.send(Submit((request("r1"),)))
+    news = gateway.expect(MeshState)
+    assert (news.ready, news.model) == (True, None)
+
+
 def test_a_trace_goes_on_where_that_of_an_earlier_scheduler_ended(tmp_path):
     path = tmp_path / "trace.jsonl"
     item = Denoise(1, (0,), Layout(1, 1, 1), ("r1", "r2"), 3)

@@ -96,6 +96,8 @@ JPEG_FILE = ("cat.jpg", b"\xff\xd8\xff", "image/jpeg")
 REFUSED = [
     ({"json": {"prompt": "a", "sede": 1}}, 400, "sede", "unknown_parameter", "did you mean seed?"),
     ({"json": {"prompt": "a", "quality": "hd"}}, 400, "quality", "unknown_parameter", "no parameter"),
+    ({"json": {"prompt": "a", "sede": None}}, 400, "sede", "unknown_parameter", "did you mean seed?"),
+    ({"json": {"prompt": None}}, 400, "prompt", "missing_required_parameter", "required"),
     ({"json": {"seed": 1}}, 400, "prompt", "missing_required_parameter", "required"),
     ({"json": {"prompt": " "}}, 400, "prompt", "missing_required_parameter", "empty"),
     ({"json": {"prompt": 3}}, 400, "prompt", "invalid_value", "string"),
@@ -139,7 +141,7 @@ REFUSED = [
     ({"content": b'{"a":' * 20_000}, 400, "body", "invalid_json", "JSON"),
     ({"content": b"prompt=\xff", "headers": {"content-type": "application/x-www-form-urlencoded"}}, 400, "body",
      "invalid_value", "form"),
-    ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, None, "bad_request", "boundary"),
+    ({"content": b"x", "headers": {"content-type": "multipart/form-data"}}, 400, "body", "invalid_form", "boundary"),
     ({"content": b"a" * 100_001}, 413, None, "request_too_large", "100000"),
     ({"content": (b"a" * 10_000 for _ in range(11))}, 413, None, "request_too_large", "100000"),
     ({"json": BODY, "headers": {"idempotency-key": "k" * 256}}, 400, "idempotency-key", "invalid_value", "255"),
@@ -622,7 +624,7 @@ def test_after_a_restart_with_another_model_old_jobs_fail_with_the_reason(start,
     first = start()
     video_id = first.create()
     first.close()
-    video = start(served_model_name="other").video(video_id)
+    video = start(served_model_name=("other",)).video(video_id)
     assert (video["status"], video["error"]["code"]) == ("failed", "model_changed")
 
 
@@ -665,10 +667,12 @@ def test_running_jobs_tell_where_they_are_and_when_to_ask_again(gateway, fake):
 
 
 def test_the_api_describes_itself(gateway):
-    described = gateway.http.get("/openapi.json").json()["paths"]
+    told = gateway.http.get("/openapi.json").json()
+    described = told["paths"]
     assert {"/v1/videos", "/v1/videos/{video_id}/events", "/v1/models/{model_id}", "/health/ready"} <= described.keys()
     bodies = described["/v1/videos"]["post"]["requestBody"]["content"]
-    assert {"prompt", "size", "seconds", "num_frames"} <= bodies["multipart/form-data"]["schema"]["properties"].keys()
+    name = bodies["multipart/form-data"]["schema"]["$ref"].rpartition("/")[2]
+    assert {"prompt", "size", "seconds", "num_frames"} <= told["components"]["schemas"][name]["properties"].keys()
 
 
 def test_models_and_health(gateway):
@@ -683,7 +687,7 @@ def test_models_and_health(gateway):
     }
     gateway.wait(gateway.create(num_frames=1))
     assert gateway.http.get("/models").json() == described
-    card = {"id": "demo", "object": "model", "created": 0, "owned_by": "framemesh"} | described
+    card = {"id": "demo", "object": "model", "created": 0, "owned_by": "framemesh", "root": "demo"} | described
     assert gateway.http.get("/v1/models").json() == {"object": "list", "data": [card]}
     assert gateway.http.get("/v1/models/demo").json() == card
     for path in ("/health", "/health/ready"):

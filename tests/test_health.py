@@ -11,7 +11,7 @@ import structlog
 from fake_mesh import demo_model
 from served import eventually
 
-from gateway import overview, probe
+from gateway import probe, replicas
 from gateway.probe import PROBE_ACCOUNT, Probe, smallest
 from runtime.models.card import card_for
 from runtime.sampling import SamplingParams
@@ -60,10 +60,10 @@ def test_a_draining_mesh_is_not_ready(gateway, fake):
 def test_a_scheduler_that_does_not_beat_is_not_ready(gateway, fake, monkeypatch):
     eventually(lambda: ready(gateway)[0] == 200)
     fake.die()
-    monkeypatch.setattr(overview, "SILENT_S", 0.2)
+    monkeypatch.setattr(replicas, "SILENT_S", 0.2)
     eventually(lambda: ready(gateway)[:2] == (503, "not_ready"))
     assert "silent" in ready(gateway)[2]
-    monkeypatch.setattr(overview, "SILENT_S", 5.0)
+    monkeypatch.setattr(replicas, "SILENT_S", 5.0)
     fake.come_back()
     eventually(lambda: ready(gateway)[0] == 200)
 

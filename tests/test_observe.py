@@ -22,7 +22,7 @@ from rich.console import Console
 from framemesh import Progress, RequestFailed, SamplingParams
 from launch import observe
 from launch.cli import main
-from launch.observe import MESH_FILE, Observer, RunFolder, observe_mesh, read_mesh_file, sweep_dead_folders
+from launch.observe import GATEWAY, MESH_FILE, Observer, RunFolder, observe_mesh, read_mesh_file, sweep_dead_folders
 from launch.process import child_environment
 from launch.top import view
 from runtime.cost import CostModel
@@ -314,19 +314,53 @@ def test_without_a_mesh_the_commands_say_so(capsys, short_tmp):
     assert (code, "no folder of a running mesh" in message) == (2, True)
 
 
-def test_of_several_meshes_one_has_to_be_named(start, capsys):
+def test_several_meshes_are_shown_together_and_one_can_be_named(start, capsys):
     first, second = start(), start()
     first.folder.tell_url("http://127.0.0.1:1")
-    code, message = refusal(capsys, "jobs")
+    first.gateway("one", "both")
+    second.gateway("two", "both")
+    for live, ids in ((first, {"one", "both"}), (second, {"two", "both"})):
+        until(live.observer(), lambda status, ids=ids: {job.id for job in status.jobs} == ids)
+    gateway = RunFolder("demo", role=GATEWAY)
+    assert main(["jobs", "--json"]) == 0
+    places = {str(live.folder.path): live for live in (first, second)}
+    listed = [(job["id"], places[job["mesh"]]) for job in json.loads(capsys.readouterr().out)]
+    assert sorted(listed, key=lambda job: job[0])[2:] == [("one", first), ("two", second)]
+    assert main(["top"]) == 0
+    shown = capsys.readouterr().out
+    assert all(place in shown for place in places)
+    assert "http://127.0.0.1:1" in shown
+    for place in (str(second.folder.path), second.endpoint):
+        assert main(["jobs", "--json", "--mesh", place]) == 0
+        assert {job["id"] for job in json.loads(capsys.readouterr().out)} == {"two", "both"}
+    code, message = refusal(capsys, "cancel", "nothing")
+    assert (code, "begins with 'nothing'" in message) == (1, True)
+    for prefix, name in (("tw", "two"), ("bo", "both")):
+        assert main(["cancel", prefix]) == 0
+        assert capsys.readouterr().out == f"cancelled {name}\n"
+    assert main(["jobs", "--json"]) == 0
+    assert [job["id"] for job in json.loads(capsys.readouterr().out)] == ["one"]
+    with pytest.raises(InvalidInput, match="2 meshes are running, name one of them"), observe_mesh(None):
+        pass
+    gateway.remove()
+
+
+def test_a_mesh_whose_scheduler_is_elsewhere_is_found_by_its_folder(live, capsys):
+    folder = RunFolder("demo", scheduler=live.endpoint)
+    assert main(["jobs", "--json", "--mesh", str(folder.path)]) == 0
+    assert json.loads(capsys.readouterr().out) == []
+    folder.remove()
+
+
+def test_meshes_of_several_launchers_are_not_drained_together(start, capsys):
+    first, _ = start(), start()
+    first.folder._about = msgspec.structs.replace(first.folder._about, pid=1)
+    first.folder.tell_url("http://127.0.0.1:1")
+    code, message = refusal(capsys, "drain")
     assert code == 2
     lines = message.splitlines()
     assert lines[0] == "error: --mesh: 2 meshes are running, name one of them:"
-    paths = sorted(str(live.folder.path) for live in (first, second))
-    assert [line.split()[0] for line in lines[1:]] == paths
     assert "http://127.0.0.1:1" in message
-    for place in (str(first.folder.path), first.endpoint):
-        assert main(["jobs", "--json", "--mesh", place]) == 0
-        assert json.loads(capsys.readouterr().out) == []
 
 
 def test_a_scheduler_that_hangs_is_not_taken_for_a_mesh(live, capsys):

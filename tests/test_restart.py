@@ -678,7 +678,7 @@ def test_ranks_that_never_say_a_word_again_end_the_server(short_tmp, comes_back)
     """They die before they join, so that nobody counts their losses."""
 
     async def main():
-        supervisor = Supervisor(Config(start_timeout=0), short_tmp, with_gateway=False, quiet=True)
+        supervisor = Supervisor(Config(start_timeout=0), short_tmp, quiet=True)
         supervisor._trouble = asyncio.get_running_loop().create_future()
         supervisor._see_state(MeshState(True, "ready", 2, 2))
         supervisor._see_state(MeshState(False, "the workers are restarting: rank 1 died", 0, 2, losses=1))

@@ -93,6 +93,20 @@ def test_the_migrations_of_the_job_store_are_in_the_wheel(clean_venv, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_playground_is_in_the_wheel(clean_venv, tmp_path):
+    script = "from gateway.routes.playground import FOLDER; print(*sorted(path.name for path in FOLDER.iterdir()))"
+    done = subprocess.run(
+        [clean_venv / "bin" / "python", "-P", "-c", script],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.split() == ["app.js", "index.html", "style.css"]
+
+
+@pytest.mark.slow
 def test_the_four_names_come_from_the_wheel(clean_venv, tmp_path):
     script = "import runtime, workers, gateway, launch, framemesh; print(runtime.__file__, framemesh.__file__)"
     done = subprocess.run(

@@ -49,6 +49,7 @@ def _serve(folder: Path, config: Config, seat: Seat, channel: WorkerChannel) -> 
     from workers.calibrate import measure
     from workers.checkpoint import digest
     from workers.frames import FrameSender
+    from workers.previews import Previews
     from workers.setup import build_executor, describe_model, memory_budget, pick_device
     from workers.spool import Spool
     from workers.worker import GroupBroken, Heart, Worker
@@ -60,6 +61,8 @@ def _serve(folder: Path, config: Config, seat: Seat, channel: WorkerChannel) -> 
     try:
         executor, family, precisions = build_executor(config, folder, card, device, seat.rank, seat.generation, sender)
         measurements = measure(executor, family, card, config.layout)
+        previews = Previews(family, card, sender)
+        previews.warm_up(measurements[0].params)
     except Exception as error:
         reason = f"cannot load {config.model_path}: {type(error).__name__}: {error}"
         channel.send(ItemFailed(seat.rank, -1, "load_failed", reason, group_broken=True))
@@ -70,7 +73,7 @@ def _serve(folder: Path, config: Config, seat: Seat, channel: WorkerChannel) -> 
     ready = Ready(seat.rank, seat.generation, model, budget, measurements if seat.rank == 0 else ())
     channel.send(ready)
     spool = Spool(seat, config.spool, config.checkpoint_max_bytes, digest((configs, precisions, device.type)))
-    executor.spool = spool
+    executor.spool, executor.previews = spool, previews
     heart = Heart(seat)
     heart.start()
     spool.start()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 
@@ -17,6 +17,7 @@ from workers.parallel.cfg import branches_of, gather_branches
 from workers.parallel.comm import ALONE, Group
 from workers.parallel.groups import Groups
 from workers.parallel.sequence import SequenceParallel
+from workers.previews import Previews
 from workers.spool import Spool
 from workers.state import RequestState
 
@@ -41,6 +42,8 @@ class Executor:
         self.states: dict[str, RequestState] = {}
         self.spool: Spool | None = None
         """Where checkpoints go; set once the model is warm."""
+        self.previews: Previews | None = None
+        """Likewise what shows unfinished requests."""
         self.in_collectives = False
         """After an error: it was raised between collectives, in which other ranks may wait for this one."""
         self.sharded = False
@@ -97,10 +100,26 @@ class Executor:
     def _denoise(self, item: Denoise) -> None:
         since = time.monotonic()
         states = [self.states[request_id] for request_id in item.request_ids]
-        for _ in range(item.steps):
-            self.step(states, item.layout)
+        for left in range(item.steps, 0, -1):
+            with self._showing(item) if left == 1 else nullcontext():
+                self.step(states, item.layout)
         for state in states:
             state.spend("denoise", since)
+
+    @contextmanager
+    def _showing(self, item: Denoise) -> Iterator[None]:
+        """What the step inside foresees goes to whom the item names, sent by the first of its ranks."""
+        if self.previews is None or self._groups[item.layout].replica.rank > 0:
+            yield
+            return
+        shown = [(self.states[to.request_id], to) for to in item.previews]
+        for state, _ in shown:
+            state.foresight = self.previews.foresight
+        yield
+        for state, to in shown:
+            if state.foreseen is not None:
+                self.previews.show(state, to)
+            state.foresight = state.foreseen = None
 
     def step(self, states: list[RequestState], layout: Layout) -> None:
         """One denoising step of a batch: inputs -> forward -> guidance and solver, each request on its own schedule."""
@@ -139,7 +158,7 @@ class Executor:
         state = self.states[item.request_id]
         group = self.decode_group if len(item.ranks) > 1 else ALONE
         decoder = self._open_decoder(state, item.first_chunk, group)
-        for _ in range(item.chunks):
+        for chunk in range(item.first_chunk, item.first_chunk + item.chunks):
             since = time.monotonic()
             with self._collectives(group.size > 1):
                 frames = next(decoder)
@@ -161,6 +180,8 @@ class Executor:
                 state.decoder = None
             if group.rank == 0:
                 self._send_frames(item.endpoint, header, frames)
+                if self.previews is not None:
+                    self.previews.learn(state, chunk, frames)
 
     def _open_decoder(self, state: RequestState, first_chunk: int, group: Group) -> Iterator[torch.Tensor]:
         """A decoder that comes to `first_chunk` next: a new one for 0, else the one that is open."""

@@ -1,11 +1,15 @@
-"""Decoded frames on their way to the gateway: a bounded queue and a thread that sends, so that compute never does."""
+"""Pixels on their way to the gateway: a bounded queue and a thread that sends, so that compute never does."""
 
 from __future__ import annotations
 
+import functools
 import queue
 import threading
+from collections.abc import Callable
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from runtime.errors import InvalidInput, PeerGone
 from runtime.log import get_logger
@@ -13,7 +17,9 @@ from runtime.protocol import FramesChunk, ToScheduler
 from runtime.wire import Channel
 
 QUEUED_CHUNKS = 16
-"""Bound of the queue. Gateways grant chunks in advance, so it fills only if somebody breaks the rules."""
+"""Bound of the queue. Gateways grant chunks in advance, so frames fill it only if somebody breaks the rules."""
+ROOM_FOR_FRAMES = 12
+"""Entries that what may be lost leaves to frames."""
 
 log = get_logger("frames")
 
@@ -23,13 +29,23 @@ class FrameSender:
 
     def __init__(self, identity: bytes) -> None:
         self._identity = identity
-        self._queue: queue.Queue[tuple[str, FramesChunk, torch.Tensor] | None] = queue.Queue(QUEUED_CHUNKS)
+        self._queue: queue.Queue[Callable[[], None] | None] = queue.Queue(QUEUED_CHUNKS)
+        self._channels: dict[str, Channel[FramesChunk, ToScheduler]] = {}
         self._thread = threading.Thread(target=self._run, name="frames", daemon=True)
         self._thread.start()
 
     def send(self, endpoint: str, header: FramesChunk, pixels: torch.Tensor) -> None:
         """Queue one chunk; waits only when the queue is full."""
-        self._queue.put((endpoint, header, pixels))
+        self._queue.put(functools.partial(self._deliver, endpoint, header, lambda: pixels.cpu().numpy()))
+
+    def offer(self, endpoint: str, header: FramesChunk, draw: Callable[[], NDArray[np.uint8]]) -> None:
+        """Queue a picture that the thread has to make first; it is lost if others wait already."""
+        self.later(functools.partial(self._deliver, endpoint, header, draw))
+
+    def later(self, work: Callable[[], None]) -> None:
+        """Have the thread do something of no importance; it is left undone if others wait already."""
+        if self._queue.qsize() < QUEUED_CHUNKS - ROOM_FOR_FRAMES:
+            self._queue.put(work)
 
     def close(self) -> None:
         """Send what is queued, then end."""
@@ -37,14 +53,19 @@ class FrameSender:
         self._thread.join(timeout=5.0)
 
     def _run(self) -> None:
-        channels: dict[str, Channel[FramesChunk, ToScheduler]] = {}
-        while (entry := self._queue.get()) is not None:
-            endpoint, header, pixels = entry
+        while (work := self._queue.get()) is not None:
             try:
-                if endpoint not in channels:
-                    channels[endpoint] = Channel.connect(endpoint, ToScheduler, self._identity)
-                channels[endpoint].send(header, payload=pixels.cpu().numpy().data)
-            except (PeerGone, InvalidInput) as error:
-                log.warning("frames not sent", endpoint=endpoint, request=header.request_id, error=str(error))
-        for channel in channels.values():
+                work()
+            except Exception:
+                # What fails here is lost; frames that miss are missed at the gateway, not here.
+                log.exception("lost on the way to a gateway")
+        for channel in self._channels.values():
             channel.close(linger_s=2.0)
+
+    def _deliver(self, endpoint: str, header: FramesChunk, draw: Callable[[], NDArray[np.uint8]]) -> None:
+        try:
+            if endpoint not in self._channels:
+                self._channels[endpoint] = Channel.connect(endpoint, ToScheduler, self._identity)
+            self._channels[endpoint].send(header, payload=draw().data)
+        except (PeerGone, InvalidInput) as error:
+            log.warning("not sent", kind=header.kind, endpoint=endpoint, request=header.request_id, error=str(error))

@@ -13,6 +13,7 @@ import torch
 
 from runtime.protocol import Request
 from runtime.sampling import ResolvedParams
+from workers.foresight import Foresight, Taken
 
 
 @dataclass
@@ -37,6 +38,10 @@ class RequestState:
     frames_sent: int = 0
     timings: dict[str, float] = field(default_factory=dict)
     """Seconds of compute per stage on this rank."""
+    foresight: Foresight | None = None
+    """Set for a step whose prediction of the finished latents is wanted."""
+    foreseen: torch.Tensor | None = None
+    """What that step predicted, shaped as the latents."""
 
     @property
     def params(self) -> ResolvedParams:
@@ -57,7 +62,11 @@ class RequestState:
     def advance(self, prediction: torch.Tensor) -> None:
         """One solver step along the combined prediction; noise comes from the request's own RNG."""
         noise = {"generator": self.generator} if self.draws_noise else {}
-        self.latents = self.solver.step(prediction, self.timestep, self.latents, return_dict=False, **noise)[0]
+        before, index = self.latents, self.step
+        returned = self.solver.step(prediction, self.timestep, before, return_dict=False, **noise)
+        self.latents = returned[0]
+        if self.foresight is not None:
+            self.foreseen = self.foresight(Taken(self.solver, index, before, prediction, returned))
         self.step += 1
 
     def spend(self, stage: str, since: float) -> None:

@@ -9,7 +9,7 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn, ParamSpec, TypeVar
 
@@ -127,8 +127,8 @@ class JobRunner:
         # Whoever heard from the launcher that the mesh is ready may be here before the news of it.
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(model.mesh.wait_model(), MODEL_PATIENCE_S)
-        request = await asyncio.to_thread(model.mesh.request, job.id, params, terms, previews=asked.previews)
-        request = msgspec.structs.replace(request, images=asked.images)
+        request, warnings = await asyncio.to_thread(_tokenize, model, job)
+        job = msgspec.structs.replace(job, asked=msgspec.structs.replace(asked, warnings=(*asked.warnings, *warnings)))
         self._accepting.add(job.id)
         try:
             stored = await self._store.insert(job)
@@ -235,6 +235,14 @@ class JobRunner:
     async def list(self, after: str | None, limit: int, order: Order, account: str | None = None) -> Page:
         page = await self._store.list(after, limit, order, account)
         return Page([self._newest(job) for job in page.jobs], page.has_more)
+
+    async def was_asked(self, account: str, idempotency_key: str | None) -> bool:
+        """Whether such a request was accepted before; the same again makes no work."""
+        return idempotency_key is not None and await self._store.with_key(account, idempotency_key) is not None
+
+    def under_way(self) -> Iterator[Job]:
+        """Every job that has a task in this process, as it is now."""
+        return (live.job for live in self._live.values())
 
     def events(self, job_id: str) -> EventLog | None:
         """The event log of a job that runs in this process."""
@@ -552,6 +560,12 @@ class JobRunner:
         """The columns that every end has."""
         now = time.time()
         return {"status": status, "completed_at": now, "expires_at": now + self._keep_s if self._keep_s else None}
+
+
+def _tokenize(model: Model, job: Job) -> tuple[Request, tuple[str, ...]]:
+    """(what goes to the mesh, what of the prompts no encoder will read)."""
+    request = model.mesh.request(job.id, job.params, job.terms, previews=job.asked.previews)
+    return msgspec.structs.replace(request, images=job.asked.images), model.mesh.warnings(job.params)
 
 
 def new_video_id() -> str:

@@ -52,7 +52,7 @@ LEASE_S = 15.0
 ABANDONED_S = 600.0
 """After which a job that no gateway serves the model of is anybody's, to be ended."""
 MAX_OWNER_CHARS = 128
-OF_ONE_CALL = ("request_id", "traceparent")
+OF_ONE_CALL = ("request_id", "traceparent", "warnings")
 """Of what was asked: not the same when it is asked again."""
 
 T = TypeVar("T")
@@ -78,6 +78,8 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     previews: int = 0
     """Pictures of what it will look like that are wanted while it is denoised."""
     output_format: VideoFormat = "mp4"
+    warnings: tuple[str, ...] = ()
+    """What was asked for and is not in the result."""
 
 
 class Job(msgspec.Struct, frozen=True, kw_only=True):
@@ -225,6 +227,12 @@ class JobStore:
                 raise
             return earlier[0]
         return job
+
+    async def with_key(self, account: str, idempotency_key: str) -> Job | None:
+        """The job that an account made under a key."""
+        same = (_columns.account == account) & (_columns.idempotency_key == idempotency_key)
+        found = await self._select(select(_table).where(same))
+        return found[0] if found else None
 
     async def get(self, job_id: str, account: str | None = None) -> Job | None:
         """None also for a job of another account than the one that is asked for."""

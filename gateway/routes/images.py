@@ -16,12 +16,15 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import FileResponse, Response
 
-from gateway.auth import account
+from gateway.auth import account, caller, token_for
 from gateway.body import read_body
 from gateway.connection import CLIENT_LEFT, Told, event_stream, unless_client_leaves
 from gateway.jobs.store import Asked
+from gateway.limits import Place
 from gateway.media.stills import FULL_QUALITY
 from gateway.middleware import request_id
+from gateway.openapi import Images, answers, answers_bytes, body_of
+from gateway.owners import is_owned
 from gateway.pictures import Commission, Partial, Picture, make_all, order, paint
 from gateway.replies import failure, failure_reply, reply, total_usage, usage_object
 from gateway.schema import LISTS, ImageCreate, ImageEdit, resolve
@@ -32,6 +35,9 @@ from runtime.log import get_logger
 from runtime.protocol import Progress
 from runtime.protocol import Request as Generation
 from runtime.sampling import check_terms
+
+_ANSWERS = answers(Images, stream=True)
+_FILES = answers_bytes("image/png", "image/webp", "image/jpeg", ranges=True)
 
 router = APIRouter(prefix="/v1/images")
 log = get_logger("images")
@@ -47,14 +53,10 @@ class Call:
     event: str
     """What the names of its events begin with."""
     created: int
+    place: Place
 
 
-def _documented(kind: type[ImageCreate], *media_types: str) -> dict[str, Any]:
-    body = {"schema": kind.model_json_schema()}
-    return {"requestBody": {"required": True, "content": dict.fromkeys(media_types, body)}}
-
-
-@router.post("/generations", openapi_extra=_documented(ImageCreate, "application/json", "multipart/form-data"))
+@router.post("/generations", openapi_extra=body_of(ImageCreate), responses=_ANSWERS)
 async def generate(request: Request, here: Here) -> Response:
     """Make images of a prompt."""
     _refuse_idempotency(request)
@@ -62,7 +64,7 @@ async def generate(request: Request, here: Here) -> Response:
     return await _answer(await _check(request, here, body, "image_generation"))
 
 
-@router.post("/edits", openapi_extra=_documented(ImageEdit, "multipart/form-data", "application/json"))
+@router.post("/edits", openapi_extra=body_of(ImageEdit), responses=_ANSWERS)
 async def edit(request: Request, here: Here) -> Response:
     """Make images that start from given ones.
 
@@ -75,9 +77,10 @@ async def edit(request: Request, here: Here) -> Response:
     return await _answer(await _check(request, here, body, "image_edit"))
 
 
-@router.get("/{image_id}/content", name="image_content", response_class=FileResponse)
+@router.get("/{image_id}/content", name="image_content", response_class=FileResponse, responses=_FILES)
 async def content(image_id: str, request: Request, here: Here) -> Response:
-    found = await here.runner.outputs.image(image_id)
+    scope = caller(request).scope
+    found = await here.runner.outputs.image(image_id) if scope is None or is_owned(image_id, scope) else None
     if found is None:
         raise InvalidInput("image_id", f"there is no image {image_id!r}", code="image_not_found")
     return await here.delivery.send(found, request)
@@ -93,6 +96,7 @@ async def _check(request: Request, here: Services, body: ImageCreate, event: str
     model = here.catalog.find(body.model)
     params = resolve(body, model.card, here.config.max_prompt_chars)
     given = await asyncio.to_thread(body.given)
+    place = await here.admission.enter(request, model, params, body.n)
     commission = Commission(
         model=model,
         params=params,
@@ -111,7 +115,7 @@ async def _check(request: Request, here: Services, body: ImageCreate, event: str
         quality=FULL_QUALITY if body.output_compression is None else body.output_compression,
         metadata=here.config.metadata,
     )
-    return Call(request, body, commission, event, int(time.time()))
+    return Call(request, body, commission, event, int(time.time()), place)
 
 
 async def _answer(call: Call) -> Response:
@@ -119,7 +123,8 @@ async def _answer(call: Call) -> Response:
         (generation,) = await order(call.commission)
         return event_stream(_tell(call, generation))
     try:
-        pictures = await unless_client_leaves(call.request, make_all(call.commission))
+        with call.place:
+            pictures = await unless_client_leaves(call.request, make_all(call.commission))
         entries = [await _entry(call, picture) for picture in pictures or ()]
     except RequestFailed as error:
         return failure_reply(error.code, error.reason)
@@ -132,7 +137,9 @@ async def _answer(call: Call) -> Response:
 async def _tell(call: Call, generation: Generation) -> AsyncGenerator[Told, None]:
     """OpenAI's events of an image, and ours if they were asked for; a failure is the last one."""
     try:
-        async with contextlib.aclosing(paint(call.commission, generation)) as events:
+        async with contextlib.AsyncExitStack() as stack:
+            stack.enter_context(call.place)
+            events = await stack.enter_async_context(contextlib.aclosing(paint(call.commission, generation)))
             async for event in events:
                 match event:
                     case Partial(index=index, file=file):
@@ -182,7 +189,7 @@ async def _summed(call: Call, pictures: Sequence[Picture]) -> dict[str, Any]:
     commission = call.commission
     usage = total_usage(pictures[0].text_tokens, [picture.usage for picture in pictures])
     warnings = await asyncio.to_thread(commission.model.mesh.warnings, commission.params)
-    return {"usage": usage, "warnings": warnings}
+    return {"usage": usage, "warnings": [*call.body.warnings, *warnings]}
 
 
 async def _entry(call: Call, picture: Picture) -> dict[str, Any]:
@@ -191,5 +198,7 @@ async def _entry(call: Call, picture: Picture) -> dict[str, Any]:
         return {"b64_json": (await asyncio.to_thread(base64.b64encode, picture.file)).decode()} | known
     outputs, call_url = services(call.request).runner.outputs, call.request.app.url_path_for
     await outputs.keep_image(picture.id, f".{call.body.output_format}", picture.file)
-    base = services(call.request).config.public_url or ""
-    return {"url": base.rstrip("/") + call_url("image_content", image_id=picture.id)} | known
+    base = (services(call.request).config.public_url or "").rstrip("/")
+    url = base + call_url("image_content", image_id=picture.id)
+    token, _ = token_for(caller(call.request), picture.id)
+    return {"url": f"{url}?token={token}" if token else url} | known

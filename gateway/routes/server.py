@@ -9,6 +9,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
 from gateway.media.metadata import version
+from gateway.openapi import ServerInfo, answers
 from gateway.overview import look, public_config, server_info
 from gateway.replies import reply
 from gateway.services import Here
@@ -18,7 +19,7 @@ router = APIRouter()
 _TEXT = {"200": {"description": "Prometheus' text format", "content": {"text/plain": {"schema": {"type": "string"}}}}}
 
 
-@router.get("/server_info")
+@router.get("/server_info", responses=answers(ServerInfo))
 async def info(here: Here) -> Response:
     """The meshes are asked at most twice a second, however many look."""
     about = {"version": version(), "uptime_s": round(time.monotonic() - here.started, 1)}

@@ -14,14 +14,15 @@ from fastapi import APIRouter, Depends, Header, Query, Request
 from fastapi.sse import EventSourceResponse, ServerSentEvent
 from starlette.responses import FileResponse, Response, StreamingResponse
 
-from gateway.auth import account
+from gateway.auth import account, caller
 from gateway.body import discard_body, read_body
 from gateway.connection import CLIENT_LEFT, unless_client_leaves
 from gateway.growing import open_when_begun, stream_growing
 from gateway.jobs.bucket import Stored
-from gateway.jobs.outputs import VIDEO_ID, Outputs
+from gateway.jobs.outputs import MEDIA_TYPES, VIDEO_ID, Outputs
 from gateway.jobs.store import Asked, Job, Order
 from gateway.middleware import request_id
+from gateway.openapi import Video, VideoDeleted, VideoList, answers, answers_bytes, body_of
 from gateway.replies import error_reply, failure_reply, reply, video_object
 from gateway.schema import VideoCreate, VideoRemix, resolve
 from gateway.services import Here, Services
@@ -36,12 +37,17 @@ POLL_MS = (250, 5000)
 router = APIRouter(prefix="/v1/videos")
 
 
-async def _existing(video_id: str, here: Here) -> Job:
-    """The job of the path, or 404 before a response (an event stream, say) has begun."""
-    job = await here.runner.find(video_id)
+async def existing(video_id: str, request: Request, here: Services) -> Job:
+    """A job that the caller may see, or 404."""
+    job = await here.runner.find(video_id, caller(request).scope)
     if job is None:
         raise InvalidInput("video_id", f"there is no video {video_id!r}", code="video_not_found")
     return job
+
+
+async def _existing(video_id: str, request: Request, here: Here) -> Job:
+    """The job of the path, before a response (an event stream, say) has begun."""
+    return await existing(video_id, request, here)
 
 
 Existing = Annotated[Job, Depends(_existing)]
@@ -49,18 +55,16 @@ Existing = Annotated[Job, Depends(_existing)]
 IdempotencyKey = Annotated[str | None, Header(max_length=255)]
 
 
-def _documented(kind: type[VideoCreate]) -> dict[str, Any]:
-    body = {"schema": kind.model_json_schema()}
-    return {"requestBody": {"required": True, "content": {"application/json": body, "multipart/form-data": body}}}
+_FILE = answers_bytes(*sorted(set(MEDIA_TYPES.values())), ranges=True)
 
 
-@router.post("", openapi_extra=_documented(VideoCreate))
+@router.post("", openapi_extra=body_of(VideoCreate), responses=answers(Video, "Accepted."))
 async def create(request: Request, here: Here, idempotency_key: IdempotencyKey = None) -> Response:
     body = await read_body(request, VideoCreate)
     return reply(video_object(await _submit(request, here, body, idempotency_key)))
 
 
-@router.post("/sync", openapi_extra=_documented(VideoCreate), response_class=FileResponse)
+@router.post("/sync", openapi_extra=body_of(VideoCreate), response_class=FileResponse, responses=_FILE)
 async def sync(request: Request, here: Here) -> Response:
     """The body of POST /v1/videos, answered with the video itself.
 
@@ -92,26 +96,27 @@ async def refuse_character(character_id: str) -> Response:
     return _no_video_input()
 
 
-@router.get("")
+@router.get("", responses=answers(VideoList))
 async def list_videos(
+    request: Request,
     here: Here,
     after: Annotated[str | None, Query(pattern=f"^{VIDEO_ID.pattern}$", max_length=64)] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
     order: Order = "desc",
 ) -> Response:
-    page = await here.runner.list(after, limit, order)
+    page = await here.runner.list(after, limit, order, caller(request).scope)
     data = [video_object(job) for job in page.jobs]
     first, last = (data[0]["id"], data[-1]["id"]) if data else (None, None)
     return reply({"object": "list", "data": data, "first_id": first, "last_id": last, "has_more": page.has_more})
 
 
-@router.get("/{video_id}")
+@router.get("/{video_id}", responses=answers(Video))
 async def retrieve(job: Existing) -> Response:
     headers = {} if job.finished else {"openai-poll-after-ms": str(_poll_after_ms(job.eta_s))}
     return reply(video_object(job), headers=headers)
 
 
-@router.get("/{video_id}/content", response_class=FileResponse)
+@router.get("/{video_id}/content", response_class=FileResponse, responses=_FILE)
 async def content(
     job: Existing, request: Request, here: Here, variant: Literal["video", Variant] = "video"
 ) -> Response:
@@ -125,7 +130,7 @@ async def content(
     return await here.delivery.send(found, request)
 
 
-@router.get("/{video_id}/stream.mp4", response_class=StreamingResponse)
+@router.get("/{video_id}/stream.mp4", response_class=StreamingResponse, responses=_FILE)
 async def stream(job: Existing, request: Request, here: Here) -> Response:
     """The video while it is made: a fragmented MP4 from its first decoded frames on, all of it for who comes late.
 
@@ -161,7 +166,7 @@ async def events(
                 yield event
 
 
-@router.post("/{video_id}/remix", openapi_extra=_documented(VideoRemix))
+@router.post("/{video_id}/remix", openapi_extra=body_of(VideoRemix), responses=answers(Video, "Accepted."))
 async def remix(source: Existing, request: Request, here: Here, idempotency_key: IdempotencyKey = None) -> Response:
     """The same video with another prompt, whether the source is done, still waits, or has lost its file.
 
@@ -175,13 +180,13 @@ async def remix(source: Existing, request: Request, here: Here, idempotency_key:
     return reply(video_object(await _submit(request, here, body, idempotency_key, remixed_from=source.id, **taken)))
 
 
-@router.post("/{video_id}/cancel")
+@router.post("/{video_id}/cancel", responses=answers(Video))
 async def cancel(job: Existing, here: Here) -> Response:
     await here.runner.cancel(job.id, "cancelled by the client")
     return reply(video_object(await here.runner.find(job.id) or job))
 
 
-@router.delete("/{video_id}")
+@router.delete("/{video_id}", responses=answers(VideoDeleted))
 async def delete(job: Existing, here: Here) -> Response:
     await here.runner.delete(job.id)
     return reply({"id": job.id, "object": "video.deleted", "deleted": True})
@@ -191,7 +196,7 @@ async def _submit(request: Request, here: Services, body: VideoCreate, idempoten
     """Accept a job; `more` goes into its `Asked`."""
     model = here.catalog.find(body.model)
     params = resolve(body, model.card, here.config.max_prompt_chars)
-    kept = await here.inputs.take(await asyncio.to_thread(body.given), model.card.max_input_images)
+    given = await asyncio.to_thread(body.given)
     terms = check_terms(body.priority, body.timeout, account(request))
     asked = Asked(
         request_id=request_id(request),
@@ -200,12 +205,15 @@ async def _submit(request: Request, here: Services, body: VideoCreate, idempoten
         output_format=body.output_format,
         user=body.user,
         safety_identifier=body.safety_identifier,
-        images=kept.images,
+        warnings=body.warnings,
         webhook_url=await here.webhooks.accept(body.webhook_url),
     )
-    asked = msgspec.structs.replace(asked, **more)
-    drawn_seed = body.seed is None
-    return await here.runner.submit(model, params, terms, asked, idempotency_key, drawn_seed=drawn_seed)
+    again = await here.runner.was_asked(terms.key, idempotency_key)
+    with contextlib.nullcontext() if again else await here.admission.enter(request, model, params):
+        kept = await here.inputs.take(given, model.card.max_input_images)
+        asked = msgspec.structs.replace(asked, **({"images": kept.images} | more))
+        drawn_seed = body.seed is None
+        return await here.runner.submit(model, params, terms, asked, idempotency_key, drawn_seed=drawn_seed)
 
 
 def _no_video_input() -> Response:

@@ -16,6 +16,7 @@ import torch
 from runtime.config import Config
 from runtime.models.card import Card
 from runtime.protocol import Request, TokenizerExport
+from runtime.sampling import ResolvedParams
 from workers.attention.backends import Attend
 from workers.models.flux import FluxFamily
 from workers.models.loading import Loader
@@ -49,7 +50,10 @@ class Precisions:
 class Family(Protocol):
     """The torch half of a model family."""
 
+    device: torch.device
     denoiser: torch.nn.Module
+    solver: Any
+    """The pipeline's diffusers scheduler; every request works on a copy of its own."""
     sequence_plan: SequencePlan
 
     @property
@@ -77,6 +81,14 @@ class Family(Protocol):
 
     def advance(self, state: RequestState, predictions: dict[str, torch.Tensor]) -> None:
         """Combine the branches by the pipeline's own formula and take one solver step."""
+        ...
+
+    def to_grid(self, latents: torch.Tensor, params: ResolvedParams) -> torch.Tensor:
+        """A request's latents as (channels, latent frames, latent height, latent width)."""
+        ...
+
+    def from_grid(self, grid: torch.Tensor) -> torch.Tensor:
+        """The reverse: latents as a request holds them."""
         ...
 
     def decode(self, state: RequestState, group: Group = ALONE) -> Iterator[torch.Tensor]:

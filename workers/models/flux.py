@@ -19,10 +19,11 @@ from runtime.config import Config, VaeConfig
 from runtime.errors import InvalidInput
 from runtime.models.flux import TEXT_TOKENS, FluxCard
 from runtime.protocol import Request, TokenizerExport
+from runtime.sampling import ResolvedParams
 from workers.attention.backends import Attend
 from workers.models.loading import Loader, load_scheduler
 from workers.models.prompts import TokenIds, token_ids
-from workers.models.still import decode_still, flow_solver, packed_noise, unpack
+from workers.models.still import decode_still, flow_solver, pack, packed_noise, unpack
 from workers.parallel.comm import ALONE, Group
 from workers.parallel.sequence import SequencePlan, Split
 from workers.parallel.vae import StripParallel
@@ -216,6 +217,12 @@ class FluxFamily:
             uncond = predictions["uncond"].float()
             prediction = uncond + state.params.true_cfg_scale * (prediction - uncond)
         state.advance(prediction)
+
+    def to_grid(self, latents: torch.Tensor, params: ResolvedParams) -> torch.Tensor:
+        return unpack(latents, self.card.grid(params))[0].unsqueeze(1)
+
+    def from_grid(self, grid: torch.Tensor) -> torch.Tensor:
+        return pack(grid.transpose(0, 1))
 
     def decode(self, state: RequestState, group: Group = ALONE) -> Iterator[torch.Tensor]:
         latents = unpack(state.latents, self.card.grid(state.params))

@@ -19,10 +19,11 @@ from transformers import AutoTokenizer, Qwen2_5_VLForConditionalGeneration
 from runtime.config import Config
 from runtime.models.qwen_image import MAX_TEXT_TOKENS, TEMPLATE_TOKENS, QwenImageCard
 from runtime.protocol import Request, TokenizerExport
+from runtime.sampling import ResolvedParams
 from workers.attention.backends import Attend, as_bias
 from workers.models.loading import Loader, load_scheduler
 from workers.models.prompts import TokenIds, embed_branches, token_ids
-from workers.models.still import decode_still, flow_solver, packed_noise, unpack
+from workers.models.still import decode_still, flow_solver, pack, packed_noise, unpack
 from workers.parallel.comm import ALONE, Group
 from workers.parallel.sequence import SequencePlan, Split
 from workers.parallel.vae import StripParallel
@@ -204,6 +205,12 @@ class QwenImageFamily:
         if "uncond" in predictions:
             prediction = rescaled_guidance(prediction, predictions["uncond"].float(), state.params.true_cfg_scale)
         state.advance(prediction)
+
+    def to_grid(self, latents: torch.Tensor, params: ResolvedParams) -> torch.Tensor:
+        return unpack(latents, self.card.grid(params))[0].unsqueeze(1)
+
+    def from_grid(self, grid: torch.Tensor) -> torch.Tensor:
+        return pack(grid.transpose(0, 1))
 
     def decode(self, state: RequestState, group: Group = ALONE) -> Iterator[torch.Tensor]:
         latents = unpack(state.latents, self.card.grid(state.params)).unsqueeze(2).to(self.vae.dtype)

@@ -24,9 +24,13 @@ def packed_noise(
     """(1, tokens, channels) fp32, drawn unpacked and at full shape as the pipelines draw it."""
     rows, columns = grid
     shape = (1, channels // PACK**2, rows * PACK, columns * PACK)
-    latents = randn_tensor(shape, generator=generator, device=device, dtype=torch.float32)
-    patches = latents.unflatten(3, (columns, PACK)).unflatten(2, (rows, PACK))
-    return patches.permute(0, 2, 4, 1, 3, 5).reshape(1, rows * columns, channels)
+    return pack(randn_tensor(shape, generator=generator, device=device, dtype=torch.float32))
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """(1, channels / 4, 2 rows, 2 columns) -> (1, tokens, channels)."""
+    patches = latents.unflatten(3, (-1, PACK)).unflatten(2, (-1, PACK))
+    return patches.permute(0, 2, 4, 1, 3, 5).flatten(3).flatten(1, 2)
 
 
 def unpack(latents: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:

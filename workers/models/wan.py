@@ -23,6 +23,7 @@ from runtime.config import Config
 from runtime.models.card import Card
 from runtime.models.wan import TEXT_TOKENS
 from runtime.protocol import Request, TokenizerExport
+from runtime.sampling import ResolvedParams
 from workers.attention.backends import Attend
 from workers.models.loading import Loader, load_scheduler
 from workers.models.prompts import TokenIds, embed_branches, token_ids
@@ -225,6 +226,12 @@ class WanFamily:
             uncond = predictions["uncond"]
             prediction = uncond + state.params.guidance_scale * (prediction - uncond)
         state.advance(prediction)
+
+    def to_grid(self, latents: torch.Tensor, params: ResolvedParams) -> torch.Tensor:
+        return latents[0]
+
+    def from_grid(self, grid: torch.Tensor) -> torch.Tensor:
+        return grid[None]
 
     def decode(self, state: RequestState, group: Group = ALONE) -> Iterator[torch.Tensor]:
         latents = state.latents.to(self.vae.dtype)
