@@ -37,6 +37,7 @@ from gateway.openapi import ERRORS, describe
 from gateway.replies import CODES, error_reply, retry_after
 from gateway.routes import adapters, health, images, models, playground, server, tokens, videos
 from gateway.services import Services, services
+from gateway.variants import Variants
 from runtime.config import Config
 from runtime.errors import InvalidInput, NotReady
 from runtime.log import get_logger
@@ -56,15 +57,15 @@ STATUS = {"unsupported_media_type": 415}
 def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_bytes: int = MAX_BODY_BYTES) -> FastAPI:
     """The gateway over its models. It owns their meshes and the store: opens them when it starts, closes them at its
     end."""
-    keyring = Keyring(config)
-    metrics, outputs, deliveries = Metrics(), Outputs(Path(config.output_path), _bucket(config)), Deliveries(store)
+    keyring, metrics, deliveries = Keyring(config), Metrics(), Deliveries(store)
+    outputs = Outputs(Path(config.output_path), _bucket(config), metadata=config.metadata)
     webhooks, keep_s = Webhooks(deliveries, config), 3600 * config.keep_results_hours
     runner = JobRunner(catalog, store, outputs, metrics, webhooks, keep_s)
     inputs = Inputs(Path(config.output_path) / "inputs", allow_private=config.allow_private_urls)
     sweeper = Sweeper(store, outputs, inputs, deliveries, keep_s)
     delivery = Delivery(outputs, config.output_redirect)
     admission = Admission(config, catalog, runner)
-    here = Services(config, catalog, runner, admission, webhooks, delivery, inputs, metrics)
+    here = Services(config, catalog, runner, admission, webhooks, delivery, inputs, metrics, Variants(outputs))
 
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
@@ -78,6 +79,7 @@ def create_app(config: Config, catalog: Catalog, store: JobStore, *, max_body_by
             await runner.resume()
             stack.push_async_callback(runner.close)
             stack.push_async_callback(here.probe.close)
+            stack.push_async_callback(here.variants.close)
             yield
 
     app = FastAPI(title="framemesh", version=version(), lifespan=lifespan, responses=ERRORS)

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from gateway.auth import needs_no_key
 from gateway.jobs.store import Status
+from gateway.media.formats import VideoFormat
 from runtime.config import Config
 
 DESCRIPTION = """\
@@ -95,6 +96,7 @@ class Video(BaseModel):
     fps: int
     num_frames: int
     num_inference_steps: int
+    output_format: VideoFormat
     timings: dict[str, float]
     usage: Usage
     finished_reason: str | None

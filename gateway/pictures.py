@@ -44,6 +44,8 @@ class Commission:
     kind: StillFormat = "png"
     quality: int = FULL_QUALITY
     """0 to 100, of WebP and JPEG."""
+    metadata: bool = True
+    """The pictures say how they were made."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ async def paint(commission: Commission, request: Request) -> AsyncGenerator[Told
 def _finish(commission: Commission, request: Request, pixels: NDArray[np.uint8], done: Completed) -> Picture:
     """The picture as a file; blocks."""
     metadata = generation_metadata(request.params, commission.model.name, done.timings)
-    file = still(pixels, commission.kind, metadata, commission.quality)
+    file = still(pixels, commission.kind, metadata if commission.metadata else None, commission.quality)
     return Picture(request.id, file, request.params.seed, _text_tokens(request), done.timings, done.usage)
 
 

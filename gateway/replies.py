@@ -49,6 +49,7 @@ def video_object(job: Job) -> dict[str, Any]:
         "fps": params.fps,
         "num_frames": params.num_frames,
         "num_inference_steps": params.num_inference_steps,
+        "output_format": job.asked.output_format,
         "timings": job.timings,
         "usage": usage_object(job.usage),
         "finished_reason": _finished_reason(job),

@@ -20,6 +20,7 @@ from pydantic_core import CoreSchema
 
 from gateway.inputs import Given, Source, read_sources
 from gateway.jobs.store import Job
+from gateway.media.formats import GIF_MAX_FPS, VideoFormat
 from gateway.media.stills import StillFormat
 from runtime.errors import InvalidInput
 from runtime.models.card import Card
@@ -164,11 +165,14 @@ class VideoCreate(Generation):
     fps: Whole | None = None
     webhook_url: str | None = Field(None, description="is sent video.completed, video.failed or video.cancelled")
     previews: Whole = Field(0, ge=0, le=20, description="pictures wanted while it is denoised, as `preview` events")
+    output_format: VideoFormat = Field("mp4", description="png: a zip of the frames, without loss")
     input_reference: Picture = Field(None, description="the picture that the video starts from")
 
     def to_params(self, card: Card) -> SamplingParams:
         if card.task_type == "T2I":
             raise InvalidInput("model", "makes images, not videos; use POST /v1/images/generations")
+        if self.output_format == "gif" and (self.fps or 0) > GIF_MAX_FPS:
+            raise InvalidInput("fps", f"a GIF shows at most {GIF_MAX_FPS} frames per second, not {self.fps}")
         return replace(super().to_params(card), num_frames=self._frames(card), fps=self.fps)
 
     def given(self) -> Given:
@@ -202,7 +206,8 @@ class VideoRemix(VideoCreate):
         if self.model not in {None, source.model}:
             raise InvalidInput("model", f"a remix is made by {source.model}, as its source was; leave it out")
         taken = {"model": source.model, "priority": source.terms.priority, "timeout": source.terms.timeout_s}
-        taken |= {name: getattr(source.params, name) for name in REMIXED} | {"previews": source.asked.previews}
+        taken |= {name: getattr(source.params, name) for name in REMIXED}
+        taken |= {"previews": source.asked.previews, "output_format": source.asked.output_format}
         if self.size not in {None, "auto"}:
             del taken["width"], taken["height"]
         if self.seconds is not None:

@@ -16,6 +16,7 @@ from gateway.jobs.webhooks import Webhooks
 from gateway.limits import Admission
 from gateway.metrics import Metrics
 from gateway.probe import Probe
+from gateway.variants import Variants
 from runtime.config import Config
 
 
@@ -31,6 +32,7 @@ class Services:
     delivery: Delivery
     inputs: Inputs
     metrics: Metrics
+    variants: Variants
     probe: Probe = field(default_factory=Probe)
     started: float = field(default_factory=time.monotonic)
 

@@ -97,7 +97,7 @@ def generate_once(config: Config, folder: Path, params: SamplingParams, file_nam
         if save:
             suffix = ".png" if generator.card.task_type == "T2I" else ".mp4"
             video, sheet = _target(config, params, result.metadata["seed"], file_name, suffix)
-            _write(result, video, sheet)
+            _write(config, result, video, sheet)
     if save:
         _report(video, sheet, result.metadata["seed"], result.metadata["timings"])
         usage = result.usage
@@ -273,23 +273,24 @@ def _target(config: Config, params: SamplingParams, seed: int, file_name: str | 
     return result, result.with_suffix(".png") if result.suffix.lower() == ".mp4" else result
 
 
-def _write(result: Result, target: Path, sheet: Path) -> None:
+def _write(config: Config, result: Result, target: Path, sheet: Path) -> None:
     from gateway.media.stills import SUFFIXES, still
 
+    embedded = result.metadata if config.metadata else None
     if target.suffix.lower() == ".mp4":
-        _write_video(result, target)
+        _write_video(result, target, embedded)
         _write_sheet(target, sheet)
     else:
-        target.write_bytes(still(result.frames[0], SUFFIXES[target.suffix.lower()], result.metadata))
+        target.write_bytes(still(result.frames[0], SUFFIXES[target.suffix.lower()], embedded))
 
 
-def _write_video(result: Result, video: Path) -> None:
+def _write_video(result: Result, video: Path, embedded: dict[str, object] | None) -> None:
     from gateway.media.mp4 import FragmentWriter, remux_faststart
 
     _, height, width, _ = result.frames.shape
     with tempfile.TemporaryDirectory(prefix="framemesh-") as folder:
         growing = Path(folder) / "video.mp4"
-        with FragmentWriter(growing, width, height, result.metadata["fps"], result.metadata) as writer:
+        with FragmentWriter(growing, width, height, result.metadata["fps"], embedded) as writer:
             writer.write(result.frames)
         remux_faststart(growing, video)
 

@@ -125,6 +125,8 @@ class Config:
     """s3://bucket/prefix: finished files go there (endpoint and credentials: AWS_* variables); unset: output_path."""
     output_redirect: bool = False
     """Answer for a file in the bucket with a redirect to a signed URL of it; unset: the gateway passes the bytes on."""
+    metadata: bool = True
+    """Write into each result how it was made: prompt, seed, steps, times; --no-metadata leaves all of it out."""
     keep_results_hours: float = 0.0
     """Hours after its end that a job is removed with its files; 0 keeps it for ever."""
     webhook_url: str | None = None

@@ -304,7 +304,7 @@ def test_the_content_is_a_playable_mp4_that_says_how_it_was_made(gateway):
     part = gateway.http.get(f"/v1/videos/{video_id}/content", headers={"range": "bytes=10-19"})
     assert (part.status_code, part.content) == (206, answer.content[10:20])
     assert sorted(path.name for path in gateway.videos.iterdir()) == [f"{video_id}.mp4"]
-    refused = gateway.http.get(f"/v1/videos/{video_id}/content", params={"variant": "thumbnail"})
+    refused = gateway.http.get(f"/v1/videos/{video_id}/content", params={"variant": "poster"})
     assert refused.json()["error"]["param"] == "variant"
 
 

@@ -322,6 +322,24 @@ def test_a_file_that_was_finished_but_not_uploaded_is_uploaded(start, s3, fake):
     assert files(second.videos) == set()
 
 
+def test_variants_are_made_of_what_lies_in_the_bucket(start, s3):
+    gateway = start(output_store=STORE)
+    video_id = gateway.create(num_frames=5)
+    gateway.wait(video_id)
+    url = f"/v1/videos/{video_id}/content"
+    thumbnail = gateway.http.get(url, params={"variant": "thumbnail"})
+    assert (thumbnail.status_code, thumbnail.headers["content-type"]) == (200, "image/webp")
+    assert files(gateway.videos) == {f"{video_id}.thumbnail.webp"}
+    s3.client.delete_object(Bucket="results", Key=f"of/tests/videos/{video_id}.mp4")
+    (gateway.videos.parent / "cache" / f"{video_id}.mp4").unlink()
+    assert gateway.http.get(url, params={"variant": "thumbnail"}).content == thumbnail.content
+    answer = gateway.http.get(url, params={"variant": "spritesheet"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (404, "video_not_found")
+    s3.stop()
+    answer = gateway.http.get(url, params={"variant": "spritesheet"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "storage_unavailable")
+
+
 def test_a_bucket_that_is_gone_for_some_time_costs_time_only(start, s3, fake, logs):
     gateway = start(output_store=STORE)
     fake.held = {"denoise:1"}

@@ -1,7 +1,8 @@
 """Where results lie, and one job's video while it is made. Knows neither the store nor the mesh.
 
 OUTPUT/videos/video_….fragments.mp4     grows while a job runs; always on this host
-OUTPUT/videos/video_….mp4               the finished file; with a bucket it lies there instead, under videos/
+OUTPUT/videos/video_….webm.partial      what grows beside them if another format is wanted
+OUTPUT/videos/video_….mp4               the finished file (or .webm, .gif, .zip); with a bucket there, under videos/
 OUTPUT/videos/video_….thumbnail.webp    derived files, made when somebody asks; always on this host
 OUTPUT/images/image_….png               pictures that were asked for by URL; with a bucket there, under images/
 OUTPUT/cache/video_….mp4                copies of what lies in the bucket, for whoever has to read a file
@@ -14,25 +15,29 @@ import contextlib
 import os
 import re
 import secrets
-from collections.abc import AsyncIterator, Iterable, Sequence, Set
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from av.error import FFmpegError
 from numpy.typing import NDArray
 
 from gateway.jobs.bucket import Bucket, StorageFailed, Stored
 from gateway.jobs.store import Job
+from gateway.media.formats import SUFFIXES, VideoFormat, VideoWriter, open_writer
+from gateway.media.frames import each_frame
 from gateway.media.metadata import generation_metadata
-from gateway.media.mp4 import FragmentWriter, read_frames, remux_faststart
+from gateway.media.mp4 import FragmentWriter, read_frames, remux_faststart, replace_synced
 from runtime.errors import RequestFailed
 from runtime.log import get_logger
 
 VIDEO_ID = re.compile(r"video_[0-9a-f]+")
 IMAGE_ID = re.compile(r"image_[0-9a-f]+")
 DERIVED = re.compile(r"[a-z0-9_-]+\.[a-z0-9]+")
-FINISHED = (".mp4", ".webm", ".gif", ".zip")
+FINISHED = tuple(SUFFIXES.values())
 """Endings of finished videos."""
 STILLS = (".png", ".webp", ".jpeg")
 MEDIA_TYPES = {
@@ -71,9 +76,14 @@ class OldFile:
 
 
 class Outputs:
-    """The folder of results, and the bucket that finished files go to if there is one."""
+    """The folder of results, and the bucket that finished files go to if there is one.
 
-    def __init__(self, output_path: Path, bucket: Bucket | None = None) -> None:
+    Args:
+        metadata: videos say how they were made.
+    """
+
+    def __init__(self, output_path: Path, bucket: Bucket | None = None, *, metadata: bool = True) -> None:
+        self.metadata = metadata
         self._folder = output_path / "videos"
         self._images = output_path / "images"
         self._cache = output_path / "cache"
@@ -90,9 +100,9 @@ class Outputs:
         """The fragmented MP4 that grows with every chunk of frames."""
         return self._place(video_id, ".fragments.mp4")
 
-    def final(self, video_id: str) -> Path:
-        """Where the MP4 to hand out appears: whole, with its index in front, or not at all."""
-        return self._place(video_id, ".mp4")
+    def final(self, video_id: str, kind: VideoFormat = "mp4") -> Path:
+        """Where the video to hand out appears: whole, an MP4 with its index in front, or not at all."""
+        return self._place(video_id, SUFFIXES[kind])
 
     def derived(self, video_id: str, name: str) -> Path:
         """Where something made from a finished video may be kept, e.g. ``thumbnail.webp``; it goes with the video."""
@@ -143,7 +153,7 @@ class Outputs:
         """
         name = f"{_checked(image_id, IMAGE_ID)}{suffix}"
         if self._bucket is None:
-            await asyncio.to_thread(_write, self._images / name, content)
+            await asyncio.to_thread(write_whole, self._images / name, content)
             return
         try:
             await self._bucket.put(f"images/{name}", content, media_type_of(name))
@@ -191,18 +201,19 @@ class Outputs:
             os.utime(cached)  # the sweeper takes what was not used for some time
         return cached
 
-    def read(self, video_id: str, first: int, count: int) -> NDArray[np.uint8]:
+    def read(self, job: Job, first: int, count: int) -> NDArray[np.uint8]:
         """Up to `count` frames from number `first` on, of a running or a finished job; blocks.
 
         Raises:
             FileNotFoundError: nothing was written, it was deleted, or the bucket does not answer.
         """
         try:
-            return read_frames(self.fragments(video_id), first, count)
+            return read_frames(self.fragments(job.id), first, count)
         except FileNotFoundError:
             # They go only after the final file has come, so looking in this order never falls between the two.
             try:
-                return read_frames(self.local_copy(self.final(video_id).name), first, count)
+                name = self.final(job.id, job.asked.output_format).name
+                return _stacked(each_frame(self.local_copy(name)), first, count)
             except StorageFailed as error:
                 raise FileNotFoundError(str(error)) from error
 
@@ -260,37 +271,96 @@ class Outputs:
 
 
 class Recording:
-    """One job's video from its first chunk to the finished file. Every method blocks; one thread at a time."""
+    """One job's video from its first chunk to the finished file. Every method blocks; one thread at a time.
+
+    Whatever format is wanted, the fragments are there to be streamed; another one is made beside them, of the same
+    frames. All methods but `close` raise `RequestFailed` where the disk is full or an encoder gives up.
+    """
 
     def __init__(self, outputs: Outputs, job: Job) -> None:
+        self._kind = job.asked.output_format
         self._fragments = outputs.fragments(job.id)
-        self._final = outputs.final(job.id)
+        self._final = outputs.final(job.id, self._kind)
+        self._partial = self._final.with_name(f"{self._final.name}.partial")
+        self._with_metadata = outputs.metadata
         self._job = job
         self._writer: FragmentWriter | None = None
+        self._other: VideoWriter | None = None
 
     def add(self, pixels: NDArray[np.uint8], timings: dict[str, float]) -> None:
         """Append (n, height, width, 3) RGB frames; when it returns they can be read back."""
-        if self._writer is None:
-            params = self._job.params
-            metadata = generation_metadata(params, self._job.model, timings)
-            self._writer = FragmentWriter(self._fragments, params.width, params.height, params.fps, metadata)
-        self._writer.write(pixels)
+        with _stored(self._job.id):
+            if self._writer is None:
+                params = self._job.params
+                metadata = self._metadata(timings)
+                self._writer = FragmentWriter(self._fragments, params.width, params.height, params.fps, metadata)
+            self._writer.write(pixels)
+
+    def convert(self, pixels: NDArray[np.uint8], timings: dict[str, float]) -> None:
+        """The same frames once more, for the format that is wanted; an MP4 needs nothing of it."""
+        if self._kind == "mp4":
+            return
+        with _stored(self._job.id):
+            if self._other is None:
+                # Whoever had the job before may still write: into a file that is nobody's.
+                self._partial.unlink(missing_ok=True)
+                sides = self._job.params.width, self._job.params.height
+                metadata = self._metadata(timings)
+                self._other = open_writer(self._kind, self._partial, *sides, self._job.params.fps, metadata)
+            self._other.write(pixels)
 
     def finish(self) -> str:
-        """Turn the fragments into the finished file; returns its name."""
-        self.close()
-        remux_faststart(self._fragments, self._final)
-        self._fragments.unlink()
+        """Make the finished file whole; returns its name."""
+        with _stored(self._job.id):
+            if self._writer is not None:
+                self._writer.close()
+            if self._other is None:
+                remux_faststart(self._fragments, self._final)
+            else:
+                self._other.finish()
+                replace_synced(self._partial, self._final)
+            self._fragments.unlink()
         return self._final.name
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
+        """What could not be written is lost by now, and was said."""
+        writers: tuple[FragmentWriter | VideoWriter | None, ...] = (self._writer, self._other)
+        for writer in writers:
+            with contextlib.suppress(OSError, FFmpegError):
+                if writer is not None:
+                    writer.close()
+
+    def _metadata(self, timings: dict[str, float]) -> dict[str, object] | None:
+        return generation_metadata(self._job.params, self._job.model, timings) if self._with_metadata else None
+
+
+@contextlib.contextmanager
+def _stored(job_id: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        log.exception("a video could not be stored", job=job_id)
+        reason = f"the video could not be stored: {error.strerror or type(error).__name__}"
+        raise RequestFailed(job_id, STORAGE_FAILED, reason) from error
+    except FFmpegError as error:
+        log.exception("a video could not be encoded", job=job_id)
+        raise RequestFailed(job_id, "encoding_failed", f"the video could not be encoded: {error.strerror}") from error
 
 
 def media_type_of(file_name: str) -> str:
     """By its ending, for everything that we make."""
     return MEDIA_TYPES[Path(file_name).suffix]
+
+
+def write_whole(path: Path, content: bytes) -> None:
+    """A file that appears whole or not at all; blocks."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        part.write_bytes(content)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _checked(name: str, pattern: re.Pattern[str]) -> str:
@@ -300,14 +370,9 @@ def _checked(name: str, pattern: re.Pattern[str]) -> str:
     return name
 
 
-def _write(path: Path, content: bytes) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        part.write_bytes(content)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+def _stacked(frames: Iterator[NDArray[np.uint8]], first: int, count: int) -> NDArray[np.uint8]:
+    wanted = list(islice(frames, first, first + count))
+    return np.stack(wanted) if wanted else np.empty((0, 0, 0, 3), np.uint8)
 
 
 def _unlink(paths: Iterable[Path]) -> None:

@@ -186,7 +186,7 @@ class JobRunner:
         If nobody can tell, it is made again.
         """
         await asyncio.to_thread(self.outputs.fragments(job.id).unlink, missing_ok=True)
-        name = self.outputs.final(job.id).name
+        name = self.outputs.final(job.id, job.asked.output_format).name
         try:
             return name if await self.outputs.recover(job.id, name) else None
         except (StorageFailed, RequestFailed) as error:
@@ -498,6 +498,8 @@ class JobRunner:
         data = {"first": frames.first, "count": frames.count, "total": frames.total}
         await live.log.publish("frames", data, stills)
         await self._save(live)
+        with self._metrics.encoding():
+            await _in_thread(recording.convert, frames.pixels, frames.timings)
 
     async def _enter(self, live: LiveJob, stage: str) -> None:
         if stage == live.job.stage:

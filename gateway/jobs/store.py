@@ -41,6 +41,7 @@ from sqlalchemy import (
 from sqlalchemy.exc import IntegrityError
 
 from gateway.jobs.database import PATIENCE_S, Database
+from gateway.media.formats import VideoFormat
 from runtime.protocol import Usage
 from runtime.sampling import ResolvedParams, Terms
 
@@ -76,6 +77,7 @@ class Asked(msgspec.Struct, frozen=True, kw_only=True):
     """It belongs to the connection that asked for it, and ends with it."""
     previews: int = 0
     """Pictures of what it will look like that are wanted while it is denoised."""
+    output_format: VideoFormat = "mp4"
     warnings: tuple[str, ...] = ()
     """What was asked for and is not in the result."""
 

@@ -1,1 +1,1 @@
-"""Frames to files: fragmented and faststart MP4, stills, metadata."""
+"""Frames to files: MP4 that grows and MP4 that is done, other video formats, stills, metadata."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from collections.abc import Iterator
@@ -38,13 +39,14 @@ class FragmentWriter:
     Args:
         path: the file, replaced if it exists.
         width, height: pixels, even, because the video is stored as yuv420p.
-        metadata: kept as JSON in the container's ``comment``.
+        metadata: kept as JSON in the container's ``comment``, if there is any.
 
     Raises:
         ValueError: an odd width or height.
+        OSError: there is no room on the disk; of `write` and `close` as well.
     """
 
-    def __init__(self, path: Path, width: int, height: int, fps: int, metadata: dict[str, object]) -> None:
+    def __init__(self, path: Path, width: int, height: int, fps: int, metadata: dict[str, object] | None) -> None:
         if width % 2 or height % 2:
             raise ValueError(f"yuv420p needs even sides, got {width}x{height}")
         self._shape = (height, width, 3)
@@ -52,11 +54,18 @@ class FragmentWriter:
         self._num_fragments = 0
         header = io.BytesIO()
         self._encoder = _open_muxer(header, FRAGMENTS)
-        self._encoder.metadata["comment"] = to_json(metadata)
+        if metadata is not None:
+            self._encoder.metadata["comment"] = to_json(metadata)
         self._stream = _add_h264(self._encoder, width, height, fps)
         self._encoder.start_encoding()
         self._file = path.open("wb")
-        self._append(header.getvalue())
+        try:
+            self._append(header.getvalue())
+        except OSError:
+            # Closing tries to write once more what the disk had no room for.
+            with contextlib.suppress(OSError):
+                self.close()
+            raise
 
     def write(self, frames: NDArray[np.uint8]) -> None:
         """Append frames, (n, height, width, 3) RGB; when this returns, any reader of the file can decode them.
@@ -113,11 +122,22 @@ def remux_faststart(source: Path, target: Path) -> None:
     partial = target.with_name(f"{target.name}.partial")
     try:
         _remux(source, partial)
-        with partial.open("rb") as written:
-            os.fsync(written.fileno())
-        os.replace(partial, target)
+        replace_synced(partial, target)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def replace_synced(partial: Path, target: Path) -> None:
+    """Give a file its name once the disk has it."""
+    with partial.open("rb") as written:
+        os.fsync(written.fileno())
+    os.replace(partial, target)
+
+
+def tag_bt709(context: Any) -> None:
+    """Players guess the colours of untagged video, and reds come out visibly wrong: say what it was made to be."""
+    context.color_primaries = context.color_trc = context.colorspace = BT709
+    context.color_range = LIMITED_RANGE
 
 
 def read_frames(path: Path, first: int = 0, count: int | None = None) -> NDArray[np.uint8]:
@@ -152,12 +172,10 @@ def _open_muxer(sink: Path | io.BytesIO, options: dict[str, str]) -> Any:
 
 
 def _add_h264(muxer: Any, width: int, height: int, fps: int) -> Any:
-    """Players guess the colours of untagged video, and reds come out visibly wrong: say what `_encode` converts to."""
     stream = muxer.add_stream("libx264", rate=fps, options=X264, width=width, height=height)
     context = stream.codec_context
     context.gop_size = fps
-    context.color_primaries = context.color_trc = context.colorspace = BT709
-    context.color_range = LIMITED_RANGE
+    tag_bt709(context)
     return stream
 
 

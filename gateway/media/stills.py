@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -45,14 +46,30 @@ class Still:
 
 def preview_still(pixels: NDArray[np.uint8], width: int, height: int) -> Still:
     """A JPEG of a (rows, columns, 3) preview in the shape of the (height, width) picture that it is of."""
-    shrink = min(1.0, PREVIEW_SIDE / max(width, height))
-    sides = max(1, round(width * shrink)), max(1, round(height * shrink))
+    sides = _within(width, height, PREVIEW_SIDE)
     return Still(jpeg(resize(pixels, *sides)), *sides)
 
 
 def resize(frame: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
     """One (rows, columns, 3) RGB frame to (height, width, 3)."""
     return np.asarray(Image.fromarray(frame).resize((width, height), Image.Resampling.BICUBIC))
+
+
+def fit(frame: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """One (rows, columns, 3) RGB frame, shrunk if need be so that no side is longer than so many pixels."""
+    rows, columns, _ = frame.shape
+    return frame if max(rows, columns) <= side else resize(frame, *_within(columns, rows, side))
+
+
+def sprite_sheet(tiles: Sequence[NDArray[np.uint8]], columns: int) -> NDArray[np.uint8]:
+    """(height, width, 3) RGB tiles in rows without gaps; what is left of the last row is black."""
+    height, width, _ = tiles[0].shape
+    columns = min(columns, len(tiles))
+    sheet = np.zeros((math.ceil(len(tiles) / columns) * height, columns * width, 3), np.uint8)
+    for number, tile in enumerate(tiles):
+        row, column = divmod(number, columns)
+        sheet[row * height : (row + 1) * height, column * width : (column + 1) * width] = tile
+    return sheet
 
 
 def png(frame: NDArray[np.uint8], metadata: dict[str, object] | None = None) -> bytes:
@@ -118,6 +135,12 @@ def contact_sheet(
         row, column = divmod(position, columns)
         sheet.paste(_numbered(tile, number), (column * width + GAP, row * height + GAP))
     return np.asarray(sheet)
+
+
+def _within(width: int, height: int, side: int) -> tuple[int, int]:
+    """(width, height) of the same shape, no side longer than `side`."""
+    shrink = min(1.0, side / max(width, height))
+    return max(1, round(width * shrink)), max(1, round(height * shrink))
 
 
 def _enlarge(frames: NDArray[np.uint8], min_side: int) -> NDArray[np.uint8]:

@@ -113,6 +113,7 @@ async def _check(request: Request, here: Services, body: ImageCreate, event: str
         inputs=await here.inputs.take(given, model.card.max_input_images),
         kind=body.output_format,
         quality=FULL_QUALITY if body.output_compression is None else body.output_compression,
+        metadata=here.config.metadata,
     )
     return Call(request, body, commission, event, int(time.time()), place)
 

@@ -28,6 +28,7 @@ from gateway.schema import VideoCreate, VideoRemix, resolve
 from gateway.services import Here, Services
 from gateway.stream import tell_ended, tell_live
 from gateway.tracing import traceparent
+from gateway.variants import Variant
 from runtime.errors import InvalidInput
 from runtime.sampling import check_terms
 
@@ -116,8 +117,17 @@ async def retrieve(job: Existing) -> Response:
 
 
 @router.get("/{video_id}/content", response_class=FileResponse, responses=_FILE)
-async def content(job: Existing, request: Request, here: Here, variant: Literal["video"] = "video") -> Response:
-    return await here.delivery.send(await _finished_file(job, here.runner.outputs), request)
+async def content(
+    job: Existing, request: Request, here: Here, variant: Literal["video", Variant] = "video"
+) -> Response:
+    """The video, or what is made from it: a thumbnail (WebP) or a sprite sheet of up to 16 of its frames (JPEG)."""
+    if variant == "video":
+        return await here.delivery.send(await _finished_file(job, here.runner.outputs), request)
+    try:
+        found = await here.variants.get(job, _name_of_finished(job, here.runner.outputs), variant)
+    except FileNotFoundError:
+        raise _removed(job) from None
+    return await here.delivery.send(found, request)
 
 
 @router.get("/{video_id}/stream.mp4", response_class=StreamingResponse, responses=_FILE)
@@ -125,11 +135,11 @@ async def stream(job: Existing, request: Request, here: Here) -> Response:
     """The video while it is made: a fragmented MP4 from its first decoded frames on, all of it for who comes late.
 
     The answer begins with the first frames. A job that fails before them is an error, one that fails later closes the
-    connection. Of a job that has ended it is the finished file. Leaving cancels nothing.
+    connection. Of a job that has ended it is the finished file, if that is an MP4. Leaving cancels nothing.
     """
     log = here.runner.follow(job)
     if log is None:
-        return await here.delivery.send(await _finished_file(job, here.runner.outputs), request)
+        return await here.delivery.send(await _finished_mp4(job, here.runner.outputs), request)
     begun = open_when_begun(log, here.runner.outputs.fragments(job.id))
     file = await unless_client_leaves(request, begun)
     if file is not None:
@@ -137,7 +147,7 @@ async def stream(job: Existing, request: Request, here: Here) -> Response:
     ended = await unless_client_leaves(request, here.runner.wait(job.id))
     if ended is None:
         return Response(status_code=CLIENT_LEFT)
-    return await here.delivery.send(await _finished_file(ended, here.runner.outputs), request)
+    return await here.delivery.send(await _finished_mp4(ended, here.runner.outputs), request)
 
 
 @router.get("/{video_id}/events", response_class=EventSourceResponse)
@@ -147,7 +157,7 @@ async def events(
     frames: Literal["jpeg"] | None = None,
     last_event_id: Annotated[str | None, Header()] = None,
 ) -> AsyncIterator[ServerSentEvent]:
-    log, read = here.runner.follow(job), functools.partial(here.runner.outputs.read, job.id)
+    log, read = here.runner.follow(job), functools.partial(here.runner.outputs.read, job)
     with_stills = frames == "jpeg"
     told = tell_live(log, last_event_id, read, with_stills) if log else tell_ended(job, read, with_stills)
     with here.metrics.reading_events():
@@ -192,6 +202,7 @@ async def _submit(request: Request, here: Services, body: VideoCreate, idempoten
         request_id=request_id(request),
         traceparent=traceparent(request),
         previews=body.previews,
+        output_format=body.output_format,
         user=body.user,
         safety_identifier=body.safety_identifier,
         warnings=body.warnings,
@@ -223,15 +234,31 @@ async def _made(job: Job, request: Request, here: Services) -> Response:
     return answer
 
 
+async def _finished_mp4(job: Job, outputs: Outputs) -> Path | Stored:
+    found, kind = await _finished_file(job, outputs), job.asked.output_format
+    if kind != "mp4":
+        message = f"{job.id} was streamed while it was made; it is kept as {kind}: GET /v1/videos/{job.id}/content"
+        raise InvalidInput("video_id", message, code="video_not_mp4")
+    return found
+
+
 async def _finished_file(job: Job, outputs: Outputs) -> Path | Stored:
+    found = await outputs.video(_name_of_finished(job, outputs))
+    if found is None:
+        raise _removed(job)
+    return found
+
+
+def _name_of_finished(job: Job, outputs: Outputs) -> str:
     if job.status != "completed":
         reason = job.error_message or f"it is {job.status.replace('_', ' ')}"
         code = f"video_{job.status}" if job.finished else "video_not_ready"
         raise InvalidInput("video_id", f"{job.id} has no content: {reason}", code=code)
-    found = await outputs.video(job.output_file or outputs.final(job.id).name)
-    if found is None:
-        raise InvalidInput("video_id", f"the file of {job.id} was removed", code="video_not_found")
-    return found
+    return job.output_file or outputs.final(job.id, job.asked.output_format).name
+
+
+def _removed(job: Job) -> InvalidInput:
+    return InvalidInput("video_id", f"the file of {job.id} was removed", code="video_not_found")
 
 
 def _poll_after_ms(eta_s: float | None) -> int:
