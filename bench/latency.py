@@ -46,6 +46,7 @@ def _compare(model: str, ranks: int, pairs: int, pipeline: Any) -> dict[str, Any
         "ratio_ours_over_diffusers": spread([ours["compute"] / theirs for ours, theirs in rows]),
         "ratio_with_queue_and_transport": spread([ours["total"] / theirs for ours, theirs in rows]),
         "first_frame_over_total": spread([ours["first_frame"] / ours["total"] for ours, _ in rows]),
+        "first_frame_over_one_shot": spread([ours["first_frame"] / theirs for ours, theirs in rows]),
         "ours_s": spread([ours["compute"] for ours, _ in rows]),
         "diffusers_s": spread([theirs for _, theirs in rows]),
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import gc
 import json
 import logging
 import os
@@ -100,6 +101,9 @@ async def serve(config: Config, card: Card | None, places: Sequence[Place], fram
     host = f"[{config.host}]" if ":" in config.host else config.host
     # Uvicorn would log why the application did not start, and end as if nothing had happened.
     async with app.router.lifespan_context(app):
+        # A full collection looks at everything that lives as long as the process, and nobody is served for 60 ms.
+        gc.collect()
+        gc.freeze()
         await Server(settings, f"http://{host}:{listening.getsockname()[1]}").serve([listening])
 
 
