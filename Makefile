@@ -14,7 +14,7 @@ serve: $(VENV)/.run  ## stay up and print the URL
 	$(BIN)/framemesh serve --num-gpus 2 $(ARGS)
 
 test: check  ## everything CI runs
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --durations 30 $(ARGS)
 
 check: $(VENV)/.test  ## style and types
 	$(BIN)/ruff format --check .
