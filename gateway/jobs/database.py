@@ -50,6 +50,8 @@ UPGRADE_LOCK = 0x6672616D65
 """Two gateways that start at once upgrade one after the other."""
 FIRST_VERSION = "0001"
 """What a database is that was made before there were versions."""
+ABANDONED_S = 5
+"""How long a transaction may do nothing; ours do nothing only if their process is stopped."""
 QUICK_LOSS = {
     "connect_timeout": 5,
     "keepalives_idle": 5,
@@ -201,7 +203,7 @@ def _make_engine(url: URL) -> Engine:
         return engine
     patience = {name: value for name, value in QUICK_LOSS.items() if name not in url.query}
     try:
-        return create_engine(
+        engine = create_engine(
             url,
             pool_size=POSTGRES_THREADS,
             max_overflow=0,
@@ -212,6 +214,14 @@ def _make_engine(url: URL) -> Engine:
     except ModuleNotFoundError as error:
         reason = "a PostgreSQL database needs psycopg 3; install it with: pip install 'framemesh[postgres]'"
         raise StartFailed(reason) from error
+    event.listen(engine, "connect", _set_up_postgres)
+    return engine
+
+
+def _set_up_postgres(connection: Any, _record: Any) -> None:
+    """A gateway that is stopped in the middle of a transaction must not hold its rows: nobody could take its jobs."""
+    connection.execute(f"SET idle_in_transaction_session_timeout = '{ABANDONED_S}s'")
+    connection.commit()
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:
