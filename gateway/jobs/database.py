@@ -58,6 +58,8 @@ QUICK_LOSS = {
     "tcp_user_timeout": 10_000,
 }
 """libpq's words for hearing soon that a host is gone; the URL may say otherwise."""
+IDLE_S = 5.0
+"""A gateway that is suspended in a transaction keeps its rows locked for so long, and others from taking them."""
 
 T = TypeVar("T")
 
@@ -150,7 +152,7 @@ class Database:
             return False
         state = getattr(error.orig, "sqlstate", None)
         no_server = type(error.orig).__name__ == "OperationalError" and state is None
-        return error.connection_invalidated or no_server or (state or "").startswith(("08", "57P", "53300"))
+        return error.connection_invalidated or no_server or (state or "").startswith(("08", "57P", "53300", "25P03"))
 
     def _take_file(self) -> None:
         if self.url.get_backend_name() != "sqlite" or self.url.database in {None, "", ":memory:"}:
@@ -201,7 +203,7 @@ def _make_engine(url: URL) -> Engine:
         return engine
     patience = {name: value for name, value in QUICK_LOSS.items() if name not in url.query}
     try:
-        return create_engine(
+        engine = create_engine(
             url,
             pool_size=POSTGRES_THREADS,
             max_overflow=0,
@@ -212,6 +214,13 @@ def _make_engine(url: URL) -> Engine:
     except ModuleNotFoundError as error:
         reason = "a PostgreSQL database needs psycopg 3; install it with: pip install 'framemesh[postgres]'"
         raise StartFailed(reason) from error
+    event.listen(engine, "connect", _set_up_postgres)
+    return engine
+
+
+def _set_up_postgres(connection: Any, _record: Any) -> None:
+    connection.execute(f"SET idle_in_transaction_session_timeout = {int(IDLE_S * 1000)}")
+    connection.commit()
 
 
 def _set_up_sqlite(connection: Any, _record: Any) -> None:
