@@ -9,6 +9,7 @@ import json
 import sqlite3
 import stat
 import sys
+import threading
 from pathlib import Path
 
 import msgspec
@@ -19,6 +20,7 @@ from alembic.migration import MigrationContext
 from postgres import PASSWORD, query
 from sqlalchemy import create_engine
 
+from gateway.jobs import database as database_module
 from gateway.jobs import store as store_module
 from gateway.jobs.database import StoreUnavailable, read_url
 from gateway.jobs.store import METADATA, Asked, Job, JobStore, fingerprint
@@ -26,6 +28,7 @@ from runtime.config import Config, check_config, save_frozen
 from runtime.errors import InvalidInput, StartFailed
 from runtime.sampling import ResolvedParams, Terms
 
+PATIENCE_S = 20.0
 PARAMS = ResolvedParams(
     prompt="a red square \N{SNOWMAN}",
     negative_prompt="",
@@ -231,6 +234,15 @@ def ids(jobs) -> list[str]:
     return [found.id for found in jobs]
 
 
+async def until_claimed(store):
+    claimed = []
+    async with asyncio.timeout(PATIENCE_S):
+        while not claimed:
+            claimed = await store.claim(["demo"])
+            await asyncio.sleep(0.05)
+    return claimed
+
+
 def test_what_another_process_left_is_claimed_in_the_order_of_arrival(tmp_path):
     url = f"sqlite:///{tmp_path}/jobs.sqlite3"
 
@@ -258,12 +270,7 @@ def test_a_job_is_claimed_when_its_lease_has_run_out_and_then_its_owner_may_not_
         assert await other.claim(["demo"]) == []
         assert not await other.update(job(1).id, step=1)
         assert await one.renew() == {job(1).id: None}
-        claimed = []
-        async with asyncio.timeout(20):
-            while not claimed:
-                claimed = await other.claim(["demo"])
-                await asyncio.sleep(0.05)
-        assert ids(claimed) == [job(1).id]
+        assert ids(await until_claimed(other)) == [job(1).id]
         assert not await one.update(job(1).id, status="completed")
         assert await one.renew() == {}
         assert await one.mine(job(1).id) is None
@@ -290,6 +297,31 @@ def test_a_renewed_lease_holds_and_a_given_back_job_is_free_at_once(with_two_sto
         assert ids(await other.claim(["demo"])) == [job(1).id]
 
     with_two_stores(test)
+
+
+def test_a_gateway_that_is_suspended_in_a_transaction_keeps_nothing_from_the_others(postgres, monkeypatch):
+    monkeypatch.setattr(database_module, "IDLE_S", 0.5)
+    url, awake, tries = postgres.database(), threading.Event(), []
+
+    def lock_and_sleep(connection):
+        connection.exec_driver_sql("SELECT id FROM jobs FOR UPDATE").all()
+        tries.append(1)
+        awake.wait(PATIENCE_S)
+
+    async def main():
+        async with opened(url, lease_s=1.0) as asleep, opened(url, lease_s=1.0) as other:
+            await asleep.insert(job(1))
+            locking = asyncio.create_task(asleep._database.run(lock_and_sleep))
+            try:
+                claimed = await until_claimed(other)
+            finally:
+                awake.set()
+            assert ids(claimed) == [job(1).id]
+            await locking
+            assert not await asleep.update(job(1).id, step=1)
+
+    asyncio.run(main())
+    assert len(tries) == 2, "what it was about to do is tried again, and finds what has changed"
 
 
 def test_a_model_that_no_gateway_serves_is_anybodys_in_the_end(with_two_stores, monkeypatch):

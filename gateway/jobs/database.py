@@ -50,8 +50,6 @@ UPGRADE_LOCK = 0x6672616D65
 """Two gateways that start at once upgrade one after the other."""
 FIRST_VERSION = "0001"
 """What a database is that was made before there were versions."""
-ABANDONED_S = 5
-"""How long a transaction may do nothing; ours do nothing only if their process is stopped."""
 QUICK_LOSS = {
     "connect_timeout": 5,
     "keepalives_idle": 5,
@@ -60,6 +58,8 @@ QUICK_LOSS = {
     "tcp_user_timeout": 10_000,
 }
 """libpq's words for hearing soon that a host is gone; the URL may say otherwise."""
+IDLE_S = 5.0
+"""A gateway that is suspended in a transaction keeps its rows locked for so long, and others from taking them."""
 
 T = TypeVar("T")
 
@@ -152,7 +152,7 @@ class Database:
             return False
         state = getattr(error.orig, "sqlstate", None)
         no_server = type(error.orig).__name__ == "OperationalError" and state is None
-        return error.connection_invalidated or no_server or (state or "").startswith(("08", "57P", "53300"))
+        return error.connection_invalidated or no_server or (state or "").startswith(("08", "57P", "53300", "25P03"))
 
     def _take_file(self) -> None:
         if self.url.get_backend_name() != "sqlite" or self.url.database in {None, "", ":memory:"}:
@@ -219,8 +219,7 @@ def _make_engine(url: URL) -> Engine:
 
 
 def _set_up_postgres(connection: Any, _record: Any) -> None:
-    """A gateway that is stopped in the middle of a transaction must not hold its rows: nobody could take its jobs."""
-    connection.execute(f"SET idle_in_transaction_session_timeout = '{ABANDONED_S}s'")
+    connection.execute(f"SET idle_in_transaction_session_timeout = {int(IDLE_S * 1000)}")
     connection.commit()
 
 
