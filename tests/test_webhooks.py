@@ -291,14 +291,15 @@ def test_two_processes_take_a_delivery_once(database_url):
             statement = deliveries.owing(delivery)
             await store.transact(lambda connection, statement=statement: connection.execute(statement))
         taken = await asyncio.gather(*(deliveries.take(10, ()) for _ in range(8)))
-        assert sorted(delivery.id for delivery in taken if delivery) == [delivery.id for delivery in owed]
+        first, second, *_ = got = [delivery for delivery in taken if delivery is not None]
+        assert sorted(delivery.id for delivery in got) == [delivery.id for delivery in owed]
         assert await deliveries.take(10, ()) is None
-        await deliveries.postpone(taken[0], time.time() - 1)
+        await deliveries.postpone(first, time.time() - 1)
         assert await deliveries.take(10, ["http://a"]) is None, "that URL has enough to do"
         again = await deliveries.take(10, ())
-        assert (again.id, again.attempts) == (taken[0].id, 2)
+        assert (again.id, again.attempts) == (first.id, 2)
         await deliveries.prune(time.time() + 1)
-        await deliveries.postpone(taken[1], time.time() - 1)
+        await deliveries.postpone(second, time.time() - 1)
         assert await deliveries.take(10, ()) is None
         await store.close()
 
