@@ -62,7 +62,7 @@ def _serve(folder: Path, config: Config, seat: Seat, channel: WorkerChannel) -> 
         executor, family, precisions = build_executor(config, folder, card, device, seat.rank, seat.generation, sender)
         measurements = measure(executor, family, card, config.layout)
         previews = Previews(family, card, sender)
-        previews.warm_up(measurements[0].params)
+        previews.warm_up(max((measured.params for measured in measurements), key=lambda params: params.num_frames))
     except Exception as error:
         reason = f"cannot load {config.model_path}: {type(error).__name__}: {error}"
         channel.send(ItemFailed(seat.rank, -1, "load_failed", reason, group_broken=True))

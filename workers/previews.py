@@ -79,13 +79,16 @@ class Previews:
             log.warning("no previews with this solver: nobody has written down where it is heading", solver=name)
 
     def warm_up(self, params: ResolvedParams) -> None:
-        """Decode one picture from smooth random latents and learn its colours; every rank does it alone."""
+        """Decode a still clip from smooth random latents and learn its last colours; every rank does it alone.
+
+        A VAE that looks back decodes the same latents to other colours in its first frames, so a few should go before.
+        """
         with torch.inference_mode():
             like = torch.zeros(self._card.latent_shape(params), device=self._family.device)
             grid = _smooth_noise(self._family.to_grid(like, params))
             state = RequestState(Request("preview-colours", params), self._family.from_grid(grid), None, {})
-            frames = next(self._family.decode(state))
-        self.colours.learn(grid[:, 0].cpu().numpy(), frames[0].cpu().numpy())
+            *_, frames = self._family.decode(state)
+        self.colours.learn(grid[:, -1].cpu().numpy(), frames[-1].cpu().numpy())
 
     def show(self, state: RequestState, to: PreviewTo) -> None:
         """Send a picture of where the request is heading. Waits for nothing; it is left out where frames wait."""
@@ -136,12 +139,12 @@ def _middle(grid: torch.Tensor) -> torch.Tensor:
 
 
 def _smooth_noise(like: torch.Tensor) -> torch.Tensor:
-    """(C, T, h, w) with a variance of 1 that changes slowly from pixel to pixel; the same every time."""
-    channels, frames, height, width = like.shape
-    coarse = (frames, channels, -(-height // SMOOTH) + 1, -(-width // SMOOTH) + 1)
+    """(C, T, h, w) with a variance of 1: changes slowly from pixel to pixel, and not in time; the same every time."""
+    channels, _, height, width = like.shape
+    coarse = (1, channels, -(-height // SMOOTH) + 1, -(-width // SMOOTH) + 1)
     noise = torch.randn(coarse, generator=torch.Generator("cpu").manual_seed(0))
     fine = F.interpolate(noise, size=(height, width), mode="bicubic")
-    return (fine / fine.std()).transpose(0, 1).to(like)
+    return (fine / fine.std()).transpose(0, 1).expand_as(like).to(like)
 
 
 def _with_bias(latents: NDArray[np.float32]) -> NDArray[np.float64]:
