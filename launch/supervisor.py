@@ -14,6 +14,7 @@ import contextlib
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -64,6 +65,8 @@ class Supervisor(Part):
         self._draining = asyncio.Event()
         self._left = asyncio.Event()
         """The scheduler has ended because it was drained."""
+        self._drain_until: float | None = None
+        """We want it to drain, and have not heard that it does."""
         self.on_state: Callable[[MeshState], None] = lambda state: None
 
     @property
@@ -124,8 +127,15 @@ class Supervisor(Part):
         it. Does nothing before the mesh was ready."""
         if self._control is not None and self._ready.is_set():
             self._draining.set()
+            self._drain_until = time.monotonic() + timeout_s
+            await self._tell_to_drain(self._control)
+
+    async def _tell_to_drain(self, control: AsyncChannel[FromSupervisor, FromScheduler]) -> None:
+        """Said again with every word of a scheduler that does not drain: one that was started anew has not heard it."""
+        if self._drain_until is not None:
+            left_s = max(self._drain_until - time.monotonic(), 0.0)
             with contextlib.suppress(PeerGone):
-                await self._control.send(Drain(timeout_s))
+                await control.send(Drain(left_s))
 
     async def leave(self, patience_s: float) -> None:
         """Have the ranks of an idle mesh leave by themselves, which is quieter than being killed."""
@@ -192,6 +202,7 @@ class Supervisor(Part):
                 case Welcome(epoch=epoch):
                     self._epoch = epoch
                     control.set_epoch(epoch)
+                    await self._tell_to_drain(control)
                 case MeshState() as state:
                     self._see_state(state)
                 case Fence() as fence:
@@ -201,6 +212,7 @@ class Supervisor(Part):
         self.on_state(state)
         if state.draining:
             self._draining.set()
+            self._drain_until = None
         if state.ready:
             self._ready.set()
             self._expect_back(None)

@@ -19,6 +19,10 @@ from served import BODY, eventually, names
 from gateway.jobs.store import JobStore
 from launch.cli import main
 from launch.process import child_environment
+from launch.supervisor import Supervisor
+from runtime.config import Config
+from runtime.protocol import MeshState, Welcome
+from runtime.wire import Received
 
 
 @pytest.fixture(autouse=True)
@@ -209,3 +213,41 @@ def test_drain_refuses_a_negative_time(capsys):
 def test_without_a_mesh_drain_says_so(capsys, short_tmp):
     assert main(["drain"]) == 1
     assert capsys.readouterr().err == "error: no mesh is running\n"
+
+
+# ---- a scheduler that has not heard of it ------------------------------------------------------------------------
+
+
+class Control:
+    """A channel whose peer forgets what it was told in an earlier epoch."""
+
+    def __init__(self, *words):
+        self.sent, self._words = [], list(words)
+
+    async def send(self, message):
+        self.sent.append(message)
+
+    async def receive(self):
+        if not self._words:
+            await asyncio.Event().wait()
+        return Received(b"scheduler", 2, self._words.pop(0))
+
+    def set_epoch(self, epoch):
+        pass
+
+
+def test_a_scheduler_that_was_started_anew_is_told_to_drain_again(short_tmp):
+    async def scene():
+        supervisor = Supervisor(Config(), short_tmp, quiet=True)
+        draining = MeshState(False, "draining", 1, 1, draining=True)
+        control = supervisor._control = Control(Welcome(2), Welcome(2), draining, Welcome(2))
+        supervisor._ready.set()
+        await supervisor.drain(20.0)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(supervisor._listen(control), 0.2)
+        drains = [message.timeout_s for message in control.sent]
+        assert drains[0] == pytest.approx(20.0, abs=1)
+        assert len(drains) == 3
+        assert drains[2] <= drains[1] <= drains[0]
+
+    asyncio.run(scene())
