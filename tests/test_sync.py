@@ -86,7 +86,7 @@ def test_while_one_waits_the_job_is_like_any_other(gateway, fake):
     waiting = Waiting(gateway)
     video_id = fake.wait_for("denoise:2")
     with gateway.follow(video_id) as events:
-        assert gateway.video(video_id)["step"] == 2
+        eventually(lambda: gateway.video(video_id)["step"] == 2)
         fake.release()
         assert names(list(events))[-1] == "done"
     assert waiting.answer().headers["x-video-id"] == video_id
