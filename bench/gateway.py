@@ -7,6 +7,9 @@ Predicted, on two cores of 2.5 GHz: a submission is a pydantic check (0.2 ms), o
 one SQLite transaction (0.3 ms) and a ZMQ message, 2 ms in all with the event loop's queueing at 100/s; a 64x64 chunk is
 encoded in 3 ms, so its fragment is at a client within 10 ms; an event to 500 readers is 500 writes of 60 microseconds,
 30 ms to the last.
+
+Found: 5 ms at p50 and 26 ms at p99 for a submission: the file of a job that ends is synced, and what SQLite writes then
+waits for the same disk; on a disk in memory p99 is a third lower. The readers are as predicted.
 """
 
 from __future__ import annotations
