@@ -122,8 +122,12 @@ def test_where_a_span_is_open_its_context_goes_on_instead_of_what_was_sent():
 # ---- spans -------------------------------------------------------------------------------------------------------
 
 
-def test_a_span_for_the_generation_and_one_for_each_stage(gateway, recorder):
+def test_a_span_for_the_generation_and_one_for_each_stage(gateway, fake, recorder):
+    fake.held = {"denoise:1"}
     video_id = create(gateway, traceparent=PARENT)
+    # Frames come on a socket of their own: on a busy machine they would be here before all news.
+    eventually(lambda: gateway.video(video_id)["stage"] == "denoise")
+    fake.release()
     gateway.wait(video_id)
     eventually(lambda: recorder.spans and recorder.spans[0].end)
     whole, *stages = recorder.spans
