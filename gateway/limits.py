@@ -83,7 +83,6 @@ class Admission:
 
         A video needs its place until it is submitted: from then on it counts as a job.
 
-
         Raises:
             InvalidInput: more pixels than anybody may ask for.
             Refused: too many requests of this key, or of all.
