@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -22,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from runtime.log import get_logger
+from workers.parallel.groups import new_group
 
 REPORT_AFTER = 10
 """Forwards after which a sharded module says what it holds: as much as after loading, or something stays gathered."""
@@ -36,7 +36,7 @@ def shard_mesh(num_ranks: int, device: torch.device) -> DeviceMesh | None:
     """
     if num_ranks == 1:
         return None
-    return DeviceMesh.from_group(dist.new_group(list(range(num_ranks))), device.type)
+    return DeviceMesh.from_group(new_group(range(num_ranks)), device.type)
 
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> None:
