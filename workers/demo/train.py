@@ -83,7 +83,7 @@ class Recipe:
     )
     """How often the transformer sees what is easy; what is not named is hard (stars, turning) and counts 1.
 
-    With these, one clip in four turns: its loss was still twice that of the other motions.
+    With these, one clip in four turns: its loss was still nearly twice that of the others.
     """
     clips: int = 16_000
     text_batch: int = 64
