@@ -17,6 +17,7 @@ from cyclopts import App, CycloptsError, Parameter
 
 from launch.options import Output, take_in
 from launch.tryout import try_folder, try_port
+from runtime.batchrules import rules_of
 from runtime.config import DEMO_MODEL, Config, check_config, fit_layout
 from runtime.errors import FramemeshError, InvalidInput
 from runtime.layout import describe_layout
@@ -421,6 +422,7 @@ def prepare(
         InvalidInput: names the setting at fault.
     """
     check_config(config)
+    rules_of(config)
     _check_output(output)
     try_folder(Path(config.output_path))
     if http:

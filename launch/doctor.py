@@ -34,6 +34,7 @@ from launch.devices import pick_devices, visible_gpus
 from launch.observe import FOLDER_PREFIX, is_abandoned, read_mesh_file, run_folders
 from launch.process import HOME
 from launch.tryout import try_folder, try_port
+from runtime.batchrules import rules_of
 from runtime.config import DEMO_MODEL, Config, check_config
 from runtime.errors import InvalidInput
 from runtime.keys import AUTHORIZED, PUBLIC, load_keys, read_host
@@ -89,6 +90,7 @@ def check_settings(config: Config) -> Iterator[Finding]:
     """What `serve` would refuse before it looks at the machine."""
     try:
         check_config(config)
+        rules_of(config)
     except InvalidInput as error:
         yield Finding("settings", "error", str(error), "change the setting")
     else:

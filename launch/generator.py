@@ -19,6 +19,7 @@ from gateway.media.metadata import generation_metadata
 from gateway.mesh import Event, Frames, Mesh
 from launch.supervisor import Supervisor
 from launch.weights import resolve_model
+from runtime.batchrules import rules_of
 from runtime.config import Config, check_config, fit_layout
 from runtime.errors import FramemeshError, InvalidInput, StartFailed
 from runtime.models.card import Card, card_for, most_branches, read_configs
@@ -61,6 +62,7 @@ class Generator:
             StartFailed: a process did not come up; everything was stopped again.
         """
         check_config(config)
+        rules_of(config)
         if config.replicas > 1:
             raise InvalidInput("replicas", "a Generator has one mesh; replicas are for `framemesh serve`")
         self.card: Card = card_for(read_configs(folder))

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from runtime.apikeys import parse_keys, parse_rate
+from runtime.apikeys import parse_keys, parse_rate, parse_weights
 from runtime.bounds import MAX_PROMPT_CHARS
 from runtime.errors import InvalidInput
 from runtime.layout import Heads, Layout, derive_layout
@@ -146,6 +146,9 @@ class Config:
     """JSON or YAML file of rules that bound the batch size by model and resolution."""
     scheduling_policy: Literal["srpt", "deadline", "fifo"] = "srpt"
     """Order within an API key: shortest predicted remaining work, least slack, or arrival."""
+    key_weights: tuple[str, ...] = ()
+    """Shares of API keys, NAME=WEIGHT each: a key of weight 2 gets twice the service of one that is not named, when both
+    have work. The mesh decides by this for all of its gateways."""
     max_active: int = 64
     """Requests whose state the ranks hold at once, memory allowing."""
     cost_cache: str | None = None
@@ -246,6 +249,7 @@ def check_config(config: Config) -> None:
     for name in ("checkpoint_every_steps", "checkpoint_max_bytes", "drain_timeout"):
         if getattr(config, name) < 0:
             raise InvalidInput(name, f"{getattr(config, name)} is negative; take 0 or more")
+    parse_weights("key_weights", config.key_weights)
     _check_outputs(config)
     if config.batching_delay_ms < 0:
         raise InvalidInput("batching_delay_ms", f"{config.batching_delay_ms} is negative; it is a time in ms")

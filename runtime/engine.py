@@ -189,6 +189,7 @@ class Engine:
         match message:
             case Ready():
                 rank.ready, rank.memory_budget = True, message.memory_budget
+                rank.device_memory = message.device_memory
                 self._scheduler.calibrate(message.measurements)
                 self._model = message.model or self._model
                 self._check_group(now)
@@ -226,6 +227,7 @@ class Engine:
     def _check_group(self, now: float) -> None:
         if self._roster.complete:
             self._reason = "the server is shutting down" if self._scheduler.draining else "ready"
+            self._scheduler.limits.device_memory = self._roster.device_memory or None
             self._scheduler.group_ready(self._roster.memory_budget or None)
         self._announce(now)
 

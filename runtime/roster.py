@@ -28,6 +28,7 @@ class Rank:
     last_seen: float
     ready: bool = False
     memory_budget: int = 0
+    device_memory: int = 0
     peak_bytes: int = 0
     """Most memory that it held during its last item."""
 
@@ -62,6 +63,11 @@ class Roster:
     def memory_budget(self) -> int:
         """Bytes that the poorest rank has for states; 0: not known."""
         return min(rank.memory_budget for rank in self.ranks.values())
+
+    @property
+    def device_memory(self) -> int:
+        """Bytes in all of the smallest device; 0: not known."""
+        return min(rank.device_memory for rank in self.ranks.values())
 
     @property
     def needs_watching(self) -> bool:

@@ -20,11 +20,12 @@ def own_logging():
 
 
 @pytest.fixture(scope="session")
-def mesh():
-    """A Generator over two ranks with the demo model."""
+def mesh(tmp_path_factory):
+    """A Generator over two ranks with the demo model, which writes down its items."""
     from framemesh import Generator
 
-    with Generator.from_pretrained("demo", num_gpus=2) as generator:
+    trace = tmp_path_factory.mktemp("mesh") / "trace.jsonl"
+    with Generator.from_pretrained("demo", num_gpus=2, trace_path=str(trace)) as generator:
         yield generator
 
 

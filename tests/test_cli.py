@@ -153,6 +153,42 @@ def test_lists_take_several_words(meaning):
     assert config.text_encoder_precisions == ("fp16", "bf16")
 
 
+def test_weights_are_several_words_and_are_checked(meaning, capsys):
+    config, _ = meaning("--key-weights", "alice=2", "bob=0.5", "--prompt", "a")
+    assert config.key_weights == ("alice=2", "bob=0.5")
+    assert "key_weights: 'alice' is not NAME=WEIGHT" in refusal(capsys, ["serve", "--key-weights", "alice"])
+
+
+def test_deterministic_is_a_flag_of_sampling(meaning):
+    assert meaning("--prompt", "a", "--deterministic")[1].deterministic is True
+    assert meaning("--prompt", "a", "--no-deterministic")[1].deterministic is False
+    assert meaning("--prompt", "a")[1].deterministic is None
+
+
+@pytest.mark.parametrize("command", [["serve"], ["mesh"], ["run", "--prompt", "a"], ["generate", "--prompt", "a"]])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot be read"),
+        ('[{"max_batch_size": 0}]', "rule 1 of rules.json: max_batch_size is 0"),
+        ('[{"max_batch_size": 1, "max_cost": 3}]', "has max_cost, which does nothing here"),
+        ('[{"max_batch": 1}]', "did you mean max_batch_size?"),
+    ],
+)
+def test_a_wrong_batching_config_is_refused_before_anything_starts(started, capsys, command, text, said):
+    if text is not None:
+        Path("rules.json").write_text(text)
+    error = refusal(capsys, [*command, "--batching-config", "rules.json"])
+    assert error.startswith("batching_config: ")
+    assert said in error
+    assert started == []
+
+
+def test_a_right_batching_config_reaches_the_config(meaning):
+    Path("rules.yaml").write_text("- {max_batch_size: 2, device_memory_gb_min: 24, calibration: by hand}")
+    assert meaning("--batching-config", "rules.yaml", "--prompt", "a")[0].batching_config == "rules.yaml"
+
+
 def field(config, name):
     for part in name.split("."):
         config = getattr(config, part)
@@ -177,7 +213,7 @@ def test_every_boolean_works_in_every_spelling(meaning, name, underscores):
 
 def test_the_remaining_booleans_work_in_every_spelling(capsys):
     rest = BOOLEANS - set(CONFIG_BOOLEANS) - LATER.keys()
-    assert rest == {"vae_config.load_decoder", "save_output", "return_frames", "dry_run"}
+    assert rest == {"vae_config.load_decoder", "deterministic", "save_output", "return_frames", "dry_run"}
     base = ["generate", "--prompt", "a", "--dry-run"]
     assert main([*base, "--vae-config.load-decoder", "true", "--save-output=true", "--return-frames", "false"]) == 0
     assert main([*base, "--no-return-frames", "--vae-config.load-decoder=true", "--no-save-output"]) == 0

@@ -50,7 +50,7 @@ def _serve(folder: Path, config: Config, seat: Seat, channel: WorkerChannel) -> 
     from workers.checkpoint import digest
     from workers.frames import FrameSender
     from workers.previews import Previews
-    from workers.setup import build_executor, describe_model, memory_budget, pick_device
+    from workers.setup import build_executor, describe_model, device_memory, memory_budget, pick_device
     from workers.spool import Spool
     from workers.worker import GroupBroken, Heart, Worker
 
@@ -70,7 +70,8 @@ def _serve(folder: Path, config: Config, seat: Seat, channel: WorkerChannel) -> 
         raise
     model = describe_model(config, folder, family, precisions, device) if seat.rank == 0 else None
     budget = memory_budget(device, config.num_gpus)
-    ready = Ready(seat.rank, seat.generation, model, budget, measurements if seat.rank == 0 else ())
+    told = measurements if seat.rank == 0 else ()
+    ready = Ready(seat.rank, seat.generation, model, budget, told, device_memory(device))
     channel.send(ready)
     spool = Spool(seat, config.spool, config.checkpoint_max_bytes, digest((configs, precisions, device.type)))
     executor.spool, executor.previews = spool, previews

@@ -98,6 +98,13 @@ def describe_model(
     )
 
 
+def device_memory(device: torch.device) -> int:
+    """Bytes in all of the device that a rank works on, which ranks may share."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return int(psutil.virtual_memory().total)
+
+
 def memory_budget(device: torch.device, ranks_on_host: int) -> int:
     """Bytes for the states of requests: what is free after loading, less room for activations."""
     if device.type == "cuda":

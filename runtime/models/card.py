@@ -83,7 +83,7 @@ class Card(Protocol):
         ...
 
     def batch_key(self, params: ResolvedParams, step: int) -> tuple[Any, ...]:
-        """Requests with equal keys may share this step's forward."""
+        """Requests with equal keys may share this step's forward; a deterministic one with none, whatever its key."""
         ...
 
     def decode_chunks(self, params: ResolvedParams) -> tuple[int, ...]:
