@@ -665,9 +665,10 @@ def test_a_timeout_passes_though_nothing_happens(stage):
 def test_the_poorest_rank_sets_the_budget(stage):
     gateway = stage.gateway()
     ranks = [stage.rank(0), stage.rank(1)]
-    ranks[0].ready(memory_budget=1 << 40)
-    ranks[1].ready(memory_budget=1000)
+    ranks[0].ready(memory_budget=1 << 40, device_memory=80 << 30)
+    ranks[1].ready(memory_budget=1000, device_memory=24 << 30)
     eventually(lambda: stage.scheduler.ready)
+    assert stage.scheduler.limits.device_memory == 24 << 30
     gateway.send(Submit((request("r1"),)))
     assert gateway.expect(Failed).code == "out_of_memory"
 
