@@ -340,6 +340,8 @@ class Outcome:
     busy_rank_s: float = 0.0
     ranks: int = 1
     items: int = 0
+    preemptions: int = 0
+    """Times that a request with steps left was not in its replica's next denoising item."""
     stalled_s: float = 0.0
     """Sum over replicas: requests were there and no item ran."""
     plan_s: list[float] = field(default_factory=list)
@@ -357,6 +359,9 @@ class _Replica:
         self.requests: dict[str, ResolvedParams] = {}
         self.chunks: dict[str, int] = defaultdict(int)
         self.running: dict[int, tuple[WorkItem, float]] = {}
+        self.steps_left: dict[str, int] = {}
+        self.last_batch: tuple[str, ...] = ()
+        """Of the latest denoising item."""
         self.backlog_s = 0.0
         self.stalled_since: float | None = None
         policy.gateway_joined(GATEWAY, "", CREDITS)
@@ -375,6 +380,15 @@ class _Replica:
                 first = self.truth.seconds("decode", params, 1, first=True) if done == 0 else 0.0
                 rest = item.chunks - (done == 0)
                 return first + (self.truth.seconds("decode", params, rest) if rest else 0.0)
+
+    def denoise(self, item: Denoise) -> int:
+        """Count an item's steps; returns how many of the last batch are put off by it."""
+        put_off = [name for name in self.last_batch if name not in item.request_ids and self.steps_left.get(name)]
+        for name in item.request_ids:
+            left = self.steps_left.get(name, self.requests[name].num_inference_steps)
+            self.steps_left[name] = left - item.steps
+        self.last_batch = item.request_ids
+        return len(put_off)
 
     def finish(self, item: Encode | Denoise | Decode, seconds: float, now: float) -> None:
         """Every rank reports; the gateway has consumed the chunks by then."""
@@ -477,11 +491,14 @@ class Simulation:
         replica.running[item.seq] = (item, seconds)
         self.outcome.items += 1
         self.outcome.busy_rank_s += seconds * len(item.ranks)
+        if isinstance(item, Denoise):
+            self.outcome.preemptions += replica.denoise(item)
         self._push(now + self._setup.gap + seconds, index, item)
 
     def _end(self, replica: _Replica, news: Completed | Failed | Cancelled, now: float) -> None:
         arrival, _ = self._open.pop(news.request_id)
         replica.backlog_s -= self._work(arrival, replica.requests.pop(news.request_id))
+        replica.steps_left.pop(news.request_id, None)
         seconds = now + self._setup.costs.deliver_s - arrival.arrival_s
         self.outcome.makespan_s = now
         self.outcome.ended.append(Ended(arrival, seconds, isinstance(news, Completed)))
@@ -559,6 +576,7 @@ def summarize(outcome: Outcome, alone: Alone, slo_scale: float) -> dict[str, Any
         "makespan_s": outcome.makespan_s,
         "rank_s_per_request": outcome.busy_rank_s / len(outcome.ended),
         "idle_share": 1 - outcome.busy_rank_s / total if total else 0.0,
+        "preemptions_per_request": outcome.preemptions / len(outcome.ended),
         "stalled_s": outcome.stalled_s,
         "items": outcome.items,
         "from_table": outcome.from_table,
@@ -578,6 +596,7 @@ def _latencies(ended: Iterable[Ended], alone: Alone, slo_scale: float) -> dict[s
         "mean_s": statistics.fmean(seconds),
         "p50_s": quantile(seconds, 0.5),
         "p90_s": quantile(seconds, 0.9),
+        "p95_s": quantile(seconds, 0.95),
         "p99_s": quantile(seconds, 0.99),
         "mean_slowdown": statistics.fmean(slowdown),
         "slo": statistics.fmean([_in_time(one, alone, slo_scale) for one in ended]),

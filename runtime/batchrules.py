@@ -1,4 +1,4 @@
-"""The rules file of `--batching-config`: how many requests of a kind may share a forward. Knows no cost and no queue."""
+"""The rules file of `--batching-config`: how many requests of a kind may share a forward. Knows no cost, no queue."""
 
 from __future__ import annotations
 

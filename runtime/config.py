@@ -147,8 +147,8 @@ class Config:
     scheduling_policy: Literal["srpt", "deadline", "fifo"] = "srpt"
     """Order within an API key: shortest predicted remaining work, least slack, or arrival."""
     key_weights: tuple[str, ...] = ()
-    """Shares of API keys, NAME=WEIGHT each: a key of weight 2 gets twice the service of one that is not named, when both
-    have work. The mesh decides by this for all of its gateways."""
+    """Shares of API keys, NAME=WEIGHT each: a key of weight 2 gets twice the service of one that is not named, when
+    both have work. The mesh decides by this for all of its gateways."""
     max_active: int = 64
     """Requests whose state the ranks hold at once, memory allowing."""
     cost_cache: str | None = None

@@ -15,8 +15,8 @@ OVERDUE_FACTOR, OVERDUE_S = 1.5, 8.0
 UNMEASURED_FACTOR, UNMEASURED_S = 10.0, 120.0
 """The same for one whose length is only guessed: the guess may be far off, and its kernels are new to the rank."""
 STRANGER_LIMIT_S = 30.0
-"""A rank that beats but is not of the group, and does not join it in that time: it hangs in an item of an earlier epoch,
-or belongs to a group that was given up."""
+"""A rank that beats but is not of the group, and does not join it in that time: it hangs in an item of an earlier
+epoch, or belongs to a group that was given up."""
 
 
 @dataclass

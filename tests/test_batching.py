@@ -94,7 +94,8 @@ def test_every_rule_that_matches_bounds_the_batch():
 
 
 @pytest.mark.parametrize(
-    ("gib", "small", "large", "middle"), [(10, 1, 16, 16), (24, 1, 16, 4), (30, 16, 16, 4), (80, 16, 8, 4), (81, 16, 8, 16)]
+    ("gib", "small", "large", "middle"),
+    [(10, 1, 16, 16), (24, 1, 16, 4), (30, 16, 16, 4), (80, 16, 8, 4), (81, 16, 8, 16)],
 )
 def test_a_rule_is_for_devices_of_some_memory(gib, small, large, middle):
     rules = {
@@ -171,7 +172,11 @@ def test_rules_are_read_from_yaml(tmp_path, suffix):
         ),
         ("a.yaml", "[{max_batch_size: 1, device_memory_gb_max: .nan}]", "device_memory_gb_max"),
         ("a.json", '[{"max_batch_size": 1, "offload": true}]', "no weights are offloaded here"),
-        ("a.json", '[{"max_batch_size": 1, "max_cost": 1000}]', "max_cost, which does nothing here: a batch is bounded"),
+        (
+            "a.json",
+            '[{"max_batch_size": 1, "max_cost": 1000}]',
+            "max_cost, which does nothing here: a batch is bounded",
+        ),
         ("a.json", '{"schema_version": 2, "rules": []}', "schema_version 2; only 1 is known"),
         ("a.json", "[{}]", "missing required field `max_batch_size`"),
         ("a.json", '[{"max_batch_size": "many"}]', "Expected `int`, got `str`"),

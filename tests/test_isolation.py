@@ -116,9 +116,7 @@ def forwards(generator, *request_ids):
 
 
 def shared_at_other_steps(generator, one, other):
-    return [
-        requests for requests in forwards(generator, one) if other in requests and requests[one] != requests[other]
-    ]
+    return [requests for requests in forwards(generator, one) if other in requests and requests[one] != requests[other]]
 
 
 def difference(a, b):
