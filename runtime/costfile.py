@@ -41,7 +41,8 @@ def cost_path(config: Config, configs: Configs) -> Path:
     folder = Path(config.cost_cache) if config.cost_cache is not None else Path(cache) / "framemesh" / "cost"
     threads = os.environ.get("OMP_NUM_THREADS", "")
     machine = (platform.node(), platform.machine(), os.cpu_count(), threads)
-    settings = {name: getattr(config, name) for name in COSTLY}
+    # Unset and switched off are the same.
+    settings = {name: getattr(config, name) or None for name in COSTLY}
     identity = msgspec.json.encode([configs, machine, config.layout, settings], order="sorted")
     return folder / f"{hashlib.sha256(identity).hexdigest()[:16]}.json"
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import CARD
 
-from runtime.cost import SMOOTHING, Constants, CostModel, Line
+from runtime.cost import SMOOTHING, CostModel, Line
 from runtime.layout import Layout
 from runtime.sampling import SamplingParams
 
@@ -140,19 +139,6 @@ def test_the_error_is_the_median_absolute_percentage_error():
     assert cost.error == pytest.approx(abs(1.0 - 0.8) / 0.8)
     cost.observe("decode", params(), LAYOUT, 1, 1e-3)
     assert cost.error == pytest.approx(0.25), "one outlier moves no median"
-
-
-def test_constants_survive_the_disk():
-    cost = CostModel(CARD)
-    for seconds in (1.0, 1.2, 0.9):
-        cost.observe("denoise", params(), LAYOUT, 3, seconds)
-        cost.observe("denoise", params(256), LAYOUT, 3, 4 * seconds, 2)
-    kept = msgspec.json.decode(msgspec.json.encode(cost.constants), type=Constants)
-    again = CostModel(CARD, kept)
-    for side in (64, 128, 256):
-        for batch in (1, 2, 4):
-            expected = cost.predict("denoise", params(side), LAYOUT, batch)
-            assert again.predict("denoise", params(side), LAYOUT, batch) == pytest.approx(expected)
 
 
 def test_a_new_model_shares_no_constants_with_another():
