@@ -24,8 +24,12 @@ def mesh(tmp_path_factory):
     """A Generator over two ranks with the demo model, which writes down its items."""
     from framemesh import Generator
 
-    trace = tmp_path_factory.mktemp("mesh") / "trace.jsonl"
-    with Generator.from_pretrained("demo", num_gpus=2, trace_path=str(trace)) as generator:
+    folder = tmp_path_factory.mktemp("mesh")
+    # Holds for no machine, but as long as the ranks have not told their memory for every one.
+    rules = folder / "rules.yaml"
+    rules.write_text("- {max_batch_size: 1, device_memory_gb_min: 1000000}")
+    written = {"trace_path": str(folder / "trace.jsonl"), "batching_config": str(rules)}
+    with Generator.from_pretrained("demo", num_gpus=2, **written) as generator:
         yield generator
 
 
