@@ -43,8 +43,9 @@ from runtime.protocol import (
     WorkItem,
 )
 from runtime.request import RequestRecord
+from runtime.running import Running
 from runtime.sampling import ResolvedParams
-from runtime.scheduler import Running, Scheduler
+from runtime.scheduler import Scheduler
 
 HOME = Path(__file__).parent
 GATEWAY = b"gateway"

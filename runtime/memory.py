@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -69,13 +70,14 @@ class MemoryLedger:
         )
         return "; ".join(filter(None, (smaller, levers[kind])))
 
-    def admits(self, record: RequestRecord) -> bool:
-        """Whether a queued request may get a state now."""
+    def admits(self, record: RequestRecord, beside: Sequence[RequestRecord] = ()) -> bool:
+        """Whether a queued request may get a state now, after others that are to get theirs with it."""
         if self.budget is None:
             return True
         decodes = [sum(opened.values()) for opened in self._open.values()]
-        most = max([record.decode_bytes, *self._decode_sizes[-1:], *decodes])
-        return self._states + record.state_bytes + most <= self.budget
+        newcomers = [record, *beside]
+        most = max([*(r.decode_bytes for r in newcomers), *self._decode_sizes[-1:], *decodes])
+        return self._states + sum(r.state_bytes for r in newcomers) + most <= self.budget
 
     def may_open_decode(self, record: RequestRecord, rank: int) -> bool:
         """Whether a decode may be opened on a rank, beside those that are open there; one at a time if in doubt."""

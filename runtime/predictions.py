@@ -18,10 +18,14 @@ class Predictions:
     cost: CostModel
     layout: Layout
 
+    def unit(self, kind: str, params: ResolvedParams, batch: int = 1) -> float:
+        """Seconds of one request, step or chunk for `batch` requests together."""
+        return self.cost.predict(kind, params, self.layout, batch)
+
     def seconds(self, item: Encode | Denoise | Decode, params: ResolvedParams) -> float:
         """Of an item whose requests have this shape."""
         kind, units, batch = item_size(item)
-        return units * self.cost.predict(kind, params, self.layout, batch)
+        return units * self.unit(kind, params, batch)
 
     def measured(self, item: Encode | Denoise | Decode, params: ResolvedParams) -> bool:
         """Whether such an item was seen before."""
@@ -41,7 +45,7 @@ class Predictions:
             "first_decode": int(record.chunk == 0),
             "decode": record.total_chunks - max(record.chunk, 1),
         }
-        return sum(n * self.cost.predict(kind, record.request.params, self.layout) for kind, n in units.items())
+        return sum(n * self.unit(kind, record.request.params) for kind, n in units.items())
 
 
 def item_size(item: Encode | Denoise | Decode) -> tuple[str, int, int]:

@@ -123,6 +123,15 @@ class RequestRecord:
         """Whether an earlier attempt may have come as far as its frames."""
         return self.attempt > self.request.attempt
 
+    @property
+    def where(self) -> str:
+        """How far it has come, in words."""
+        if self.stage is Stage.DENOISE:
+            return f"denoising, after step {self.step} of {self.total_steps}"
+        if self.stage is Stage.DECODE:
+            return f"decoding, after chunk {self.chunk} of {self.total_chunks}"
+        return f"the {self.stage} stage"
+
     def move(self, to: Stage, now: float) -> None:
         """Enter a stage; an illegal move is our bug."""
         legal = self.stage not in ENDED if to in ENDED else to in _MOVES.get(self.stage, frozenset())

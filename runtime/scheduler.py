@@ -1,7 +1,8 @@
 """Who runs next: a pure function of what it was told. No clock, no socket, no torch, no randomness.
 
 Events go in (`submit`, `cancel`, `completed`, `failed`, `stored`, `group_ready`, `group_lost`), work items come out
-of `plan(now)`, news for the gateways out of `take_news()`. The engine and the simulator drive this same class.
+of `plan(now)`, news for the gateways out of `take_news()`. The engine and the simulator drive this same class. The
+planner chooses what runs next (runtime/planner.py) and changes nothing; whatever changes, changes here.
 
 Requests join and leave a running batch at step boundaries, each at its own timestep. Between API keys the share is
 fair; within a key the policy decides (runtime/fairness.py). Every item lasts about `item_seconds`, and whoever is first
@@ -15,20 +16,20 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice
 
-from runtime.batching import BatchLimits, batch_budget
+from runtime.batching import BatchLimits
 from runtime.checkpoints import Leftovers
 from runtime.cost import CostModel
 from runtime.errands import Errands
-from runtime.fairness import FairShare, turn
+from runtime.fairness import FairShare
 from runtime.gateways import Gateways
 from runtime.layout import Layout
 from runtime.memory import MemoryLedger
 from runtime.models.card import Card
 from runtime.outlook import outlook
+from runtime.planner import Choice, Emit, Enter, Planner, Step, Waiting
 from runtime.predictions import Predictions, item_size
 from runtime.protocol import (
     Cancelled,
@@ -47,6 +48,7 @@ from runtime.protocol import (
 from runtime.queue import Queue
 from runtime.recovery import GUILTY_AFTER, SUSPECT_AFTER, LossLog
 from runtime.request import ACTIVE, ENDED, RequestRecord, Stage
+from runtime.running import Running, request_ids
 from runtime.totals import Tally
 
 ITEM_SECONDS = 0.1
@@ -60,25 +62,6 @@ SAVE_S = 10.0
 OUT_OF_MEMORY = "out_of_memory"
 
 News = Progress | Completed | Failed | Cancelled
-Waiting = dict[str, list[RequestRecord]]
-
-
-@dataclass
-class Running:
-    """An item that ranks work on."""
-
-    item: Encode | Denoise | Decode
-    started: float
-    predicted_s: float
-    waiting: set[int]
-    seconds: float = 0.0
-    failure: tuple[str, str] | None = None
-    alone: bool = False
-    """No other item runs beside it."""
-    measured: bool = False
-    """The prediction comes from items of this very kind, shape and batch."""
-    peak_bytes: int = 0
-    """Of the fullest rank that has reported."""
 
 
 @dataclass
@@ -111,6 +94,7 @@ class Scheduler:
     _active: dict[str, RequestRecord] = field(default_factory=dict)
     _queue: Queue = field(init=False)
     _fair: FairShare = field(init=False)
+    _planner: Planner = field(init=False)
     _gateways: Gateways = field(default_factory=Gateways)
     _deadlines: list[tuple[float, str]] = field(default_factory=list)
     _batch_caps: dict[Hashable, int] = field(default_factory=dict)
@@ -129,6 +113,21 @@ class Scheduler:
         self.predictions = Predictions(self.cost, self.layout)
         self._queue = Queue(self.policy)
         self._fair = FairShare(self.weights)
+        self._planner = Planner(
+            self.card,
+            self.predictions,
+            self.limits,
+            self.policy,
+            self.max_active,
+            self.item_seconds,
+            self.decode_on_all,
+            self._active,
+            self._queue,
+            self._fair.clocks,
+            self._gateways,
+            self.memory,
+            self._batch_caps,
+        )
 
     # ---- events ----------------------------------------------------------------------------------------------
 
@@ -264,7 +263,7 @@ class Scheduler:
             if len(record.losses) >= GUILTY_AFTER and not self._is_over(record):
                 self.losses.explain(record.losses)
                 times = f"it ran while the workers died {len(record.losses)} times, the last time alone"
-                self._fail(record, "worker_lost", f"{reason} in {self._where(record)}; {times}", now)
+                self._fail(record, "worker_lost", f"{reason} in {record.where}; {times}", now)
             else:
                 record.alone = record.alone or len(record.losses) >= SUSPECT_AFTER
                 self._restart(record, now)
@@ -285,8 +284,9 @@ class Scheduler:
         busy = {rank for running in self.running.values() for rank in running.item.ranks}
         free = [rank for rank in self._all_ranks() if rank not in busy]
         stand_still = self._time_up or any(running.alone for running in self.running.values())
-        waiting = self._waiting(now) if self.ready and free and not stand_still else {}
-        while waiting and free and (item := self._next_item(waiting, free, now)) is not None:
+        waiting = self._planner.waiting(now) if self.ready and free and not stand_still else {}
+        while waiting and free and (choice := self._choose(waiting, free)) is not None:
+            item = self._start(choice, now)
             records = list(self._records_of(item))
             predicted = self.predictions.seconds(item, records[0].request.params)
             self._charge(records, predicted * len(item.ranks))
@@ -334,167 +334,57 @@ class Scheduler:
         """Predicted seconds until every accepted request is done, one after the other."""
         return sum(record.remaining_s for record in self._requests.values())
 
-    def _next_item(self, waiting: Waiting, free: list[int], now: float) -> Encode | Denoise | Decode | None:
+    def _choose(self, waiting: Waiting, free: list[int]) -> Choice | None:
+        """Whose turn it is and what for; the clocks learn who could run."""
         self._fair.wait(set(waiting))
-        admitting = True
-        for record in self._in_turn(waiting):
-            item: Encode | Denoise | Decode | None = None
-            if record.stage is Stage.QUEUED and not (admitting and self._has_room(record)):
-                # Whoever finds no room holds the door shut behind itself, or it would wait for ever.
-                admitting = False
-                continue
-            on_all = record.alone or record.stage is not Stage.DECODE or self.decode_on_all
-            if on_all and len(free) < self.layout.num_ranks:
-                # The whole mesh is due for this one: work for a single free rank would keep it waiting.
-                return None
-            if record.stage is Stage.DECODE:
-                item = self._plan_decode(record, free)
-                if item is None:
-                    continue
-            elif record.stage is Stage.QUEUED:
-                item = self._plan_encode(record, now)
-            else:
-                item = self._plan_denoise(record, waiting, admitting, now)
-            self._fair.serve(record.key)
-            return item
-        return None
+        choice = self._planner.choose(waiting, free)
+        if choice is not None:
+            self._fair.serve(choice.turn.key)
+        return choice
 
-    def _waiting(self, now: float) -> Waiting:
-        """Requests that could run, by key, in their turn; of those in line only each key's first."""
-        waiting: Waiting = {}
-        for record in self._active.values():
-            if not record.running and self._wants_ranks(record):
-                waiting.setdefault(record.key, []).append(record)
-        for record in self._queue.firsts(now):
-            waiting.setdefault(record.key, []).append(record)
-        for records in waiting.values():
-            if len(records) > 1:
-                records.sort(key=lambda record: turn(record, self.policy, now))
-        return waiting
+    def _start(self, choice: Choice, now: float) -> Encode | Denoise | Decode:
+        """Do what was chosen: the only place where requests enter the ranks' memory and an item."""
+        match choice:
+            case Enter():
+                return self._encode(choice.records, now)
+            case Step():
+                return self._denoise(choice)
+            case Emit():
+                return self._decode(choice)
 
-    def _wants_ranks(self, record: RequestRecord) -> bool:
-        if record.stage is Stage.DECODE:
-            return self._gateways.credits(record.gateway) > 0
-        return record.stage is not Stage.DELIVER
-
-    def _in_turn(self, waiting: Waiting) -> Iterator[RequestRecord]:
-        """First the key that is furthest behind."""
-        keys = [(self._fair.clocks[key], key) for key in waiting]
-        heapq.heapify(keys)
-        while keys:
-            _, key = heapq.heappop(keys)
-            yield from waiting[key]
-
-    def _has_room(self, record: RequestRecord) -> bool:
-        return len(self._active) < self.max_active and self.memory.admits(record)
-
-    def _plan_encode(self, first: RequestRecord, now: float) -> Encode:
-        """The first in line, with what was submitted together with it."""
-        group = (
-            record for record in self._queue.line(first.key) if record.group == first.group and record is not first
-        )
-        return self._encode(chain([first], group), self.max_active, now)
-
-    def _plan_denoise(self, first: RequestRecord, waiting: Waiting, admitting: bool, now: float) -> Encode | Denoise:
-        """A batch around the first; whoever could join it from the line is encoded before, if the door is open."""
-        params = first.request.params
-        key = self.card.batch_key(params, first.step)
-        budget = self._batch_budget(first, key)
-        batch = [first]
-        if budget > 1:
-            keys = self._sharing(first, key, waiting)
-            shared = [r for k in keys for r in waiting[k] if r is not first and self._fits(r, key)]
-            batch += [r for r in shared if r.stage is Stage.DENOISE][: budget - 1]
-            lines = self._queue.joinable(key)
-            keys = [k for k in keys if k in lines]
-            joining = next((r for k in keys for r in lines[k]), None) if admitting and len(batch) < budget else None
-            if joining is not None and self._has_room(joining):
-                return self._encode(chain.from_iterable(lines[k] for k in keys), budget - len(batch), now)
-        left = min(record.next_stop - record.step for record in batch)
-        steps = self._units(self.cost.predict("denoise", params, self.layout, len(batch)), left)
-        for record in batch:
+    def _encode(self, records: tuple[RequestRecord, ...], now: float) -> Encode:
+        for record in records:
+            self._queue.remove(record)
+            self._active[record.id] = record
+            self.memory.enter(record)
+            record.move(Stage.ENCODE, now)
             record.running = True
-        ids, previews = tuple(record.id for record in batch), tuple(self._previews(batch, steps))
-        return Denoise(self._next_seq(), self._all_ranks(), self.layout, ids, steps, previews)
+            self._report(record)
+        resume = {record.id: record.saved for record in records if record.saved is not None}
+        return Encode(self._next_seq(), self._all_ranks(), tuple(record.request for record in records), resume)
 
-    def _previews(self, batch: Iterable[RequestRecord], steps: int) -> Iterator[PreviewTo]:
+    def _denoise(self, chosen: Step) -> Denoise:
+        for record in chosen.records:
+            record.running = True
+        ids, previews = tuple(record.id for record in chosen.records), tuple(self._previews(chosen))
+        return Denoise(self._next_seq(), self._all_ranks(), self.layout, ids, chosen.steps, previews)
+
+    def _previews(self, chosen: Step) -> Iterator[PreviewTo]:
         """Those that are due after so many steps, for gateways that are there."""
-        for record in batch:
-            if record.step + steps in record.preview_steps and record.gateway in self._gateways:
+        for record in chosen.records:
+            if record.step + chosen.steps in record.preview_steps and record.gateway in self._gateways:
                 yield PreviewTo(record.id, self._gateways.endpoint(record.gateway), record.attempt)
 
-    def _batch_budget(self, first: RequestRecord, key: Hashable) -> int:
-        if first.alone:
-            return 1
-        budget = batch_budget(self.cost, self.limits, first.request.params, self.layout)
-        return min(budget, self._batch_caps.get(key, budget))
-
-    def _fits(self, record: RequestRecord, key: Hashable) -> bool:
-        if record.alone:
-            return False
-        if record.stage is Stage.DENOISE:
-            return self.card.batch_key(record.request.params, record.step) == key
-        return record.stage is Stage.QUEUED and record.batch_key == key
-
-    def _sharing(self, first: RequestRecord, key: Hashable, waiting: Waiting) -> list[str]:
-        """Keys that may share the first one's batch: those whose own first could, or they would be served past it, and
-        that are at most an item further ahead than a key that cannot and has to wait for the batch."""
-        clocks = self._fair.clocks
-        can = [k for k in waiting if k == first.key or self._fits(waiting[k][0], key)]
-        kept_waiting = min((clocks[k] for k in waiting.keys() - set(can)), default=math.inf)
-        # Whoever is behind the first has no room yet; it gains if all share while it waits.
-        ceiling = max(kept_waiting, clocks[first.key]) + self.item_seconds * self.layout.num_ranks
-        return sorted((k for k in can if clocks[k] <= ceiling), key=lambda k: (clocks[k], k))
-
-    def _encode(self, candidates: Iterable[RequestRecord], most: int, now: float) -> Encode:
-        """From the line into the ranks' memory, as many as find room and an item lasts; the first of them does."""
-        first, *others = islice(candidates, min(most, self.max_active))
-        most = self._units(self.cost.predict("encode", first.request.params, self.layout), most)
-        entered: list[RequestRecord] = []
-        for record in [first, *others]:
-            if len(entered) < most and self._has_room(record):
-                self._queue.remove(record)
-                self._active[record.id] = record
-                self.memory.enter(record)
-                record.move(Stage.ENCODE, now)
-                record.running = True
-                self._report(record)
-                entered.append(record)
-        resume = {record.id: record.saved for record in entered if record.saved is not None}
-        return Encode(self._next_seq(), self._all_ranks(), tuple(record.request for record in entered), resume)
-
-    def _plan_decode(self, record: RequestRecord, free: list[int]) -> Decode | None:
-        """The next chunks, on the rank where the decode is open, or on a free one with room for it.
-
-        A decode on all ranks is booked on the first: no other holds more.
-        """
-        credits = self._gateways.credits(record.gateway)
-        if credits < 1:
-            return None
+    def _decode(self, chosen: Emit) -> Decode:
+        record, chunks = chosen.turn, chosen.chunks
         if record.decode_rank is None:
-            # If the rank with the most room has too little, every other has.
-            rank = free[0] if self.decode_on_all else min(free, key=self.memory.held)
-            if self.memory.budget is None and not self.decode_on_all:
-                rank = next((r for r in free if self.memory.may_open_decode(record, r)), rank)
-            if not self.memory.may_open_decode(record, rank):
-                return None
-            record.decode_rank = rank
-            self.memory.open_decode(record, rank)
-        elif record.decode_rank not in free:
-            return None
-        # The first chunk goes alone, so that the first frame does not wait for its neighbours.
-        chunks = 1
-        if record.chunk > 0:
-            seconds = self.cost.predict("decode", record.request.params, self.layout)
-            chunks = min(self._units(seconds, record.total_chunks - record.chunk), credits)
+            record.decode_rank = chosen.rank
+            self.memory.open_decode(record, chosen.rank)
         self._gateways.spend(record.gateway, chunks)
         record.running = True
-        ranks = self._all_ranks() if self.decode_on_all else (record.decode_rank,)
+        ranks = self._all_ranks() if self.decode_on_all else (chosen.rank,)
         endpoint = self._gateways.endpoint(record.gateway)
         return Decode(self._next_seq(), ranks, record.id, chunks, endpoint, record.chunk, record.attempt)
-
-    def _units(self, seconds: float, left: int) -> int:
-        return max(1, min(left, round(self.item_seconds / seconds)))
 
     def _save_at_the_end(self, now: float) -> None:
         """A drain whose time is up writes what it cannot finish."""
@@ -519,7 +409,7 @@ class Scheduler:
                 continue
             if record.deadline <= now:
                 timeout = record.request.timeout_s
-                self.cancel(request_id, f"its timeout of {timeout:g} s passed in {self._where(record)}", now)
+                self.cancel(request_id, f"its timeout of {timeout:g} s passed in {record.where}", now)
             elif record.orphaned_until <= now:
                 self.cancel(request_id, "its gateway is gone", now)
 
@@ -670,14 +560,7 @@ class Scheduler:
         record.remaining_s = self.predictions.remaining(record)
 
     def _records_of(self, item: Encode | Denoise | Decode) -> Iterator[RequestRecord]:
-        match item:
-            case Encode():
-                ids = tuple(request.id for request in item.requests)
-            case Denoise():
-                ids = item.request_ids
-            case Decode():
-                ids = (item.request_id,)
-        return (self._requests[request_id] for request_id in ids if request_id in self._requests)
+        return (self._requests[request_id] for request_id in request_ids(item) if request_id in self._requests)
 
     def _is_over(self, record: RequestRecord) -> bool:
         return record.stored or record.cancel_reason is not None
@@ -719,13 +602,6 @@ class Scheduler:
             done, total = record.chunk, record.total_chunks
         position, eta = self.outlook(record)
         self._news.append((record.gateway, Progress(record.id, str(record.stage), done, total, eta, position)))
-
-    def _where(self, record: RequestRecord) -> str:
-        if record.stage is Stage.DENOISE:
-            return f"denoising, after step {record.step} of {record.total_steps}"
-        if record.stage is Stage.DECODE:
-            return f"decoding, after chunk {record.chunk} of {record.total_chunks}"
-        return f"the {record.stage} stage"
 
     def _all_ranks(self) -> tuple[int, ...]:
         return tuple(range(self.layout.num_ranks))

@@ -1589,5 +1589,5 @@ def check_lag(mesh, bound):
     scheduler = mesh.scheduler
     if not scheduler.running:
         return
-    waiting = scheduler._waiting(mesh.now).keys() & scheduler._fair.clocks.keys() & scheduler._fair._waiting
+    waiting = scheduler._planner.waiting(mesh.now).keys() & scheduler._fair.clocks.keys() & scheduler._fair._waiting
     assert scheduler._fair.lag(waiting) <= bound + 1e-9
