@@ -62,6 +62,8 @@ class RequestRecord:
     """Losses of the worker group during its items."""
     alone: bool = False
     """It is under suspicion: nothing else runs beside its items."""
+    sole: bool = False
+    """It ran out of memory beside the states of others: the ranks hold none but its own while it is active."""
     saved: SavedState | None = None
     """Its newest checkpoint."""
     saved_upto: int = 0

@@ -23,6 +23,8 @@ class Running:
     """The prediction comes from items of this very kind, shape and batch."""
     peak_bytes: int = 0
     """Of the fullest rank that has reported."""
+    payer: bytes = b""
+    """The gateway whose credits a decode spent; its request may be another's since."""
 
 
 def request_ids(item: Encode | Denoise | Decode) -> tuple[str, ...]:

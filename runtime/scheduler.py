@@ -46,7 +46,7 @@ from runtime.protocol import (
     WorkItem,
 )
 from runtime.queue import Queue
-from runtime.recovery import GUILTY_AFTER, SUSPECT_AFTER, LossLog
+from runtime.recovery import GUILTY_AFTER, OUT_OF_MEMORY, SUSPECT_AFTER, LossLog, Verdict, judge
 from runtime.request import ACTIVE, ENDED, RequestRecord, Stage
 from runtime.running import Running, request_ids
 from runtime.totals import Tally
@@ -59,7 +59,6 @@ ORPHAN_S = 30.0
 """How long a request whose gateway is gone waits for another one to take it."""
 SAVE_S = 10.0
 """How long a drain that ran out of time waits for the last checkpoints."""
-OUT_OF_MEMORY = "out_of_memory"
 
 News = Progress | Completed | Failed | Cancelled
 
@@ -286,18 +285,12 @@ class Scheduler:
         stand_still = self._time_up or any(running.alone for running in self.running.values())
         waiting = self._planner.waiting(now) if self.ready and free and not stand_still else {}
         while waiting and free and (choice := self._choose(waiting, free)) is not None:
-            item = self._start(choice, now)
-            records = list(self._records_of(item))
-            predicted = self.predictions.seconds(item, records[0].request.params)
-            self._charge(records, predicted * len(item.ranks))
-            alone, params = records[0].alone, records[0].request.params
-            measured = self.predictions.measured(item, params)
-            self.running[item.seq] = Running(item, now, predicted, set(item.ranks), alone=alone, measured=measured)
-            items.append(item)
-            if alone:
+            running = self._start(choice, now)
+            items.append(running.item)
+            if running.alone:
                 break
-            free = [rank for rank in free if rank not in item.ranks]
-            for key in {record.key for record in records} & waiting.keys():
+            free = [rank for rank in free if rank not in running.item.ranks]
+            for key in {record.key for record in self._records_of(running.item)} & waiting.keys():
                 waiting[key] = [record for record in waiting[key] if not record.running]
                 if not waiting[key]:
                     del waiting[key]
@@ -342,15 +335,22 @@ class Scheduler:
             self._fair.serve(choice.turn.key)
         return choice
 
-    def _start(self, choice: Choice, now: float) -> Encode | Denoise | Decode:
+    def _start(self, choice: Choice, now: float) -> Running:
         """Do what was chosen: the only place where requests enter the ranks' memory and an item."""
         match choice:
             case Enter():
-                return self._encode(choice.records, now)
+                item: Encode | Denoise | Decode = self._encode(choice.records, now)
             case Step():
-                return self._denoise(choice)
+                item = self._denoise(choice)
             case Emit():
-                return self._decode(choice)
+                item = self._decode(choice)
+        turn, params = choice.turn, choice.turn.request.params
+        predicted_s = self.predictions.seconds(item, params)
+        self._charge(list(self._records_of(item)), predicted_s * len(item.ranks))
+        running = Running(item, now, predicted_s, set(item.ranks), alone=turn.alone, payer=turn.gateway)
+        running.measured = self.predictions.measured(item, params)
+        self.running[item.seq] = running
+        return running
 
     def _encode(self, records: tuple[RequestRecord, ...], now: float) -> Encode:
         for record in records:
@@ -446,7 +446,7 @@ class Scheduler:
         self._line_up(record)
 
     def _line_up(self, record: RequestRecord) -> None:
-        can_join = not record.alone and record.step < record.total_steps
+        can_join = not (record.alone or record.sole) and record.step < record.total_steps
         record.batch_key = self.card.batch_key(record.request.params, record.step) if can_join else None
         record.remaining_s = self.predictions.remaining(record)
         self._queue.add(record)
@@ -497,7 +497,7 @@ class Scheduler:
             record.running = False
         if running.failure is not None:
             if isinstance(item, Decode):
-                self._gateways.give_back(records[0].gateway, item.chunks)
+                self._gateways.give_back(running.payer, item.chunks)
             self._item_failed(item, records, *running.failure, now)
             return
         self._book(running, records)
@@ -520,20 +520,14 @@ class Scheduler:
         self, item: Encode | Denoise | Decode, records: list[RequestRecord], code: str, reason: str, now: float
     ) -> None:
         """Its states may be half done: they start again, in smaller company; what fails alone fails."""
-        blame = len(records) == 1
-        if code == "checkpoint_unusable":
-            blame = False
-            for record in records:
-                record.saved = None
-        elif code == OUT_OF_MEMORY and isinstance(item, Denoise) and len(records) > 1:
+        verdict = judge(item, code, len(self._active))
+        if verdict is Verdict.IN_SMALLER_BATCHES:
             self._batch_caps[self.card.batch_key(records[0].request.params, records[0].step)] = len(records) // 2
-        elif len(records) > 1 or (code == OUT_OF_MEMORY and len(self._active) > 1 and not records[0].alone):
-            # Beside the states of others it may have been the last straw.
-            blame = False
-            for record in records:
-                record.alone = True
         for record in records:
-            if blame and not self._is_over(record):
+            record.saved = None if verdict is Verdict.WITHOUT_CHECKPOINT else record.saved
+            record.alone = record.alone or verdict is Verdict.ALONE
+            record.sole = record.sole or verdict is Verdict.SOLE
+            if verdict is Verdict.FAILS and not self._is_over(record):
                 advice = f"; {self.memory.advice(record, item_size(item)[0])}" if code == OUT_OF_MEMORY else ""
                 self._fail(record, code, reason + advice, now)
             else:

@@ -16,6 +16,7 @@ import runtime.fairness
 from runtime.checkpoints import UNCLAIMED_S
 from runtime.cost import Constants, CostModel, Line
 from runtime.fairness import AGEING, PATIENCE_S, patient_until
+from runtime.layout import Layout
 from runtime.protocol import (
     Cancelled,
     Checkpoint,
@@ -26,9 +27,12 @@ from runtime.protocol import (
     Failed,
     Progress,
     Release,
+    Request,
     SavedState,
     Usage,
 )
+from runtime.recovery import Verdict, judge
+from runtime.sampling import SamplingParams
 from runtime.scheduler import ITEM_SECONDS, MAX_ACTIVE
 
 
@@ -712,6 +716,19 @@ def test_credits_come_back_when_a_decode_fails():
     assert mesh.spare_credits(b"g") == 3
 
 
+def test_credits_of_a_failed_decode_go_back_to_the_gateway_that_paid():
+    """Another one took the request over meanwhile."""
+    mesh = Simulation()
+    mesh.join(b"old", credits=2)
+    mesh.join(b"new", credits=2)
+    mesh.submit("a", gateway=b"old", steps=1, frames=33)
+    item = mesh.run_to(Decode)
+    mesh.resubmit("a", b"new")
+    mesh.report(*item.ranks, item.seq, ("internal_error", "boom"))
+    mesh.run()
+    assert (mesh.spare_credits(b"old"), mesh.spare_credits(b"new")) == (2, 2)
+
+
 def test_credits_come_back_when_the_group_is_lost():
     mesh = Simulation()
     mesh.join(credits=3)
@@ -865,6 +882,61 @@ def test_a_decode_that_runs_out_of_memory_beside_others_is_repeated_alone(mesh):
     mesh.run()
     assert {type(end) for end in mesh.ends.values()} == {Completed}
     assert sum(item.steps for item in mesh.items_of(Denoise)) == 15
+
+
+@pytest.mark.parametrize("kind", [Encode, Denoise, Decode])
+def test_what_runs_out_of_memory_beside_the_states_of_others_gets_a_mesh_without_any(mesh, kind):
+    """Its items are always its own here; what fills the memory is what others hold meanwhile."""
+    mesh.submit("first", steps=100, key="another")
+    mesh.run_to(Denoise)
+    mesh.submit("large", steps=5, key="its own")
+    company, number = [], 0
+    while "large" not in mesh.ends:
+        assert mesh.now < 100, "it never gets it"
+        if len(mesh.scheduler.requests) < 4:
+            mesh.submit(f"other{number}", steps=5, key=f"key {number % 2}")
+            number += 1
+        for item in list(mesh.running.values()):
+            if isinstance(item, kind) and ids_of(item) == ("large",):
+                company.append(len(mesh.states) - 1)
+                mesh.finish_with(item, OOM if len(mesh.states) > 1 else None)
+        mesh.run(until=iter([False, True]).__next__)
+    mesh.run()
+    assert company[0] > 0, "nothing else held memory at first"
+    assert {type(end) for end in mesh.ends.values()} == {Completed}
+    assert not mesh.scheduler.losses.crash_loop(mesh.now)
+
+
+def test_a_suspect_of_a_loss_keeps_nobody_out():
+    """Only memory is kept free of others; the items of a suspect run alone, but others may be taken in between."""
+    mesh = batching()
+    mesh.submit("suspect", steps=20)
+    for _ in range(2):
+        mesh.run_to(Denoise)
+        mesh.lose_group()
+        mesh.regroup()
+    mesh.submit("other", steps=5, key="another")
+    mesh.run(until=lambda: {"suspect", "other"} <= set(mesh.states))
+    assert {"suspect", "other"} <= set(mesh.states)
+
+
+@pytest.mark.parametrize("code", ["internal_error", "out_of_memory", "checkpoint_unusable"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("num_active", [1, 3, 9])
+def test_who_is_to_blame_for_a_failed_item(code, batch, num_active):
+    requests = tuple(Request(name, CARD.check(SamplingParams(prompt="a cat", seed=1))) for name in "abc"[:batch])
+    ids, layout = tuple(request.id for request in requests), Layout(1, 1, 1)
+    items = [Encode(1, (0,), requests), Denoise(1, (0,), layout, ids, 1), Decode(1, (0,), ids[0], 1, "ipc://g", 0, 0)]
+    smaller = Verdict.ALONE if batch > 1 else Verdict.FAILS
+    beside = Verdict.SOLE if num_active > 1 else Verdict.FAILS
+    expected = {
+        "internal_error": (smaller, smaller, Verdict.FAILS),
+        "out_of_memory": (
+            (Verdict.ALONE, Verdict.IN_SMALLER_BATCHES, beside) if batch > 1 else (beside, beside, beside)
+        ),
+        "checkpoint_unusable": (Verdict.WITHOUT_CHECKPOINT,) * 3,
+    }
+    assert tuple(judge(item, code, num_active) for item in items) == expected[code]
 
 
 def test_a_group_that_breaks_by_a_full_memory_halves_the_batch_and_blames_nobody():
