@@ -62,22 +62,27 @@ class WaitingLine:
             self._by_slack.remove((record.deadline - record.remaining_s, record.id))
         self._by_patience.remove((patient_until(record), record.id))
 
-    def first(self, now: float) -> RequestRecord:
+    def first(self, now: float, shut: Set[bytes] = frozenset()) -> RequestRecord | None:
         """Whoever has waited too long; else whoever has to start now to meet its deadline, but priority goes before
-        that; else the policy's first."""
-        until, oldest = self._by_patience[0]
-        if until <= now and self.policy != "fifo":
-            return self._records[oldest][1]
-        head = self._records[self._entries[0][1]][1]
+        that; else the policy's first. Nobody whose gateway is shut out."""
+        oldest = next((entry for entry in self._by_patience if self._may_go(entry[1], shut)), None)
+        if oldest is None:
+            return None
+        if oldest[0] <= now and self.policy != "fifo":
+            return self._records[oldest[1]][1]
+        head = next(self._records[name][1] for _, name in self._entries if self._may_go(name, shut))
         if self.policy == "srpt":
             place = bisect.bisect_right(self._by_slack, (now - URGENT_S, ""))
             for latest_start, request_id in self._by_slack[place:]:
                 if latest_start >= now + URGENT_S:
                     break
                 record = self._records[request_id][1]
-                if record.request.priority == head.request.priority:
+                if record.request.priority == head.request.priority and record.gateway not in shut:
                     return record
         return head
+
+    def _may_go(self, request_id: str, shut: Set[bytes]) -> bool:
+        return self._records[request_id][1].gateway not in shut
 
     def ahead_of(self, record: RequestRecord) -> tuple[int, float]:
         """(its place, 1 for the first; predicted seconds of work before it)."""

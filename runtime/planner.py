@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from itertools import chain, islice
 
@@ -13,7 +14,7 @@ from runtime.fairness import turn
 from runtime.gateways import Gateways
 from runtime.memory import MemoryLedger
 from runtime.models.card import Card
-from runtime.predictions import Predictions
+from runtime.predictions import Predictions, text_of
 from runtime.queue import Queue
 from runtime.request import RequestRecord, Stage
 
@@ -51,6 +52,15 @@ Choice = Enter | Step | Emit
 
 
 @dataclass(frozen=True)
+class _Door:
+    """Who may enter the ranks' memory, as far as that has room."""
+
+    slots: int
+    shut: Set[bytes]
+    """Gateways that have so many requests waiting for themselves that they get no more."""
+
+
+@dataclass(frozen=True)
 class Planner:
     """The policy of one replica, over what the scheduler knows."""
 
@@ -59,6 +69,8 @@ class Planner:
     limits: BatchLimits
     policy: str
     max_active: int
+    """Requests whose state the ranks hold at once, those left out that wait for their gateway: one that is slow to
+    store would keep out all others. It may have a quarter as many waiting for itself before its own stay out."""
     item_seconds: float
     decode_on_all: bool
     active: Mapping[str, RequestRecord]
@@ -74,9 +86,9 @@ class Planner:
         """Requests that could run, by key, in their turn; of those in line only each key's first."""
         waiting: Waiting = {}
         for record in self.active.values():
-            if not record.running and self._wants_ranks(record):
+            if not record.running and not self._waits_for_gateway(record):
                 waiting.setdefault(record.key, []).append(record)
-        for record in self.queue.firsts(now):
+        for record in self.queue.firsts(now, self._door().shut):
             waiting.setdefault(record.key, []).append(record)
         for records in waiting.values():
             if len(records) > 1:
@@ -85,9 +97,9 @@ class Planner:
 
     def choose(self, waiting: Waiting, free: list[int]) -> Choice | None:
         """The next item for these ranks; None if they have to stay idle."""
-        admitting = True
+        door, admitting = self._door(), True
         for record in self._in_turn(waiting):
-            if record.stage is Stage.QUEUED and not (admitting and self._has_room(record)):
+            if record.stage is Stage.QUEUED and not (admitting and self._has_room(record, door)):
                 # Whoever finds no room holds the door shut behind itself, or it would wait for ever.
                 admitting = False
                 continue
@@ -96,18 +108,24 @@ class Planner:
                 # The whole mesh is due for this one: work for a single free rank would keep it waiting.
                 return None
             if record.stage is Stage.QUEUED:
-                return self._enter(record, self._together(record), self.max_active)
+                return self._enter(record, self._together(record), self.max_active, door)
             if record.stage is not Stage.DECODE:
-                return self._step(record, waiting, admitting)
+                return self._step(record, waiting, door if admitting else None)
             emit = self._emit(record, free)
             if emit is not None:
                 return emit
         return None
 
-    def _wants_ranks(self, record: RequestRecord) -> bool:
+    def _waits_for_gateway(self, record: RequestRecord) -> bool:
+        """For room for its frames, or for the word that they are stored."""
         if record.stage is Stage.DECODE:
-            return self.gateways.credits(record.gateway) > 0
-        return record.stage is not Stage.DELIVER
+            return not record.running and self.gateways.credits(record.gateway) < 1
+        return record.stage is Stage.DELIVER
+
+    def _door(self) -> _Door:
+        stalled = Counter(record.gateway for record in self.active.values() if self._waits_for_gateway(record))
+        slots = self.max_active - len(self.active) + stalled.total()
+        return _Door(slots, {gateway for gateway, count in stalled.items() if count * 4 >= self.max_active})
 
     def _in_turn(self, waiting: Waiting) -> Iterator[RequestRecord]:
         """First the key that is furthest behind."""
@@ -117,27 +135,43 @@ class Planner:
             _, key = heapq.heappop(keys)
             yield from waiting[key]
 
-    def _has_room(self, record: RequestRecord, beside: Sequence[RequestRecord] = ()) -> bool:
+    def _has_room(self, record: RequestRecord, door: _Door, beside: Sequence[RequestRecord] = ()) -> bool:
         """Whether it may enter, after those that enter with it."""
-        return len(self.active) + len(beside) < self.max_active and self.memory.admits(record, beside)
+        return len(beside) < door.slots and record.gateway not in door.shut and self.memory.admits(record, beside)
 
     def _together(self, first: RequestRecord) -> Iterator[RequestRecord]:
         """The first in line, then what was submitted together with it."""
         line = self.queue.line(first.key)
         return chain([first], (r for r in line if r.group == first.group and r is not first))
 
-    def _enter(self, turn: RequestRecord, candidates: Iterable[RequestRecord], most: int) -> Enter:
-        """As many as find room and an item lasts; the first of them does."""
-        first, *others = islice(candidates, min(most, self.max_active))
-        most = self._units(self.predictions.unit("encode", first.request.params), most)
-        chosen = [first]
+    def _enter(self, turn: RequestRecord, candidates: Iterable[RequestRecord], most: int, door: _Door) -> Enter:
+        """As many as find room and an item lasts; the first of them does. One text is encoded once, however many
+        want it."""
+        first, *others = candidates
+        max_texts = self._units(self.predictions.unit("encode", first.request.params), most)
+        chosen, texts = [first], {text_of(first.request)}
         for record in others:
-            if len(chosen) < most and self._has_room(record, chosen):
+            if len(chosen) == most:
+                break
+            wanted = texts | {text_of(record.request)}
+            if len(wanted) <= max_texts and self._has_room(record, door, chosen):
+                chosen.append(record)
+                texts = wanted
+        for record in self._of_equal_text(chosen):
+            if self._has_room(record, door, chosen):
                 chosen.append(record)
         return Enter(turn, tuple(chosen))
 
-    def _step(self, first: RequestRecord, waiting: Waiting, admitting: bool) -> Enter | Step:
-        """A batch around the first; whoever could join it from the line is encoded before, if the door is open."""
+    def _of_equal_text(self, chosen: Sequence[RequestRecord]) -> list[RequestRecord]:
+        """Others that were submitted together with one of these and have its text."""
+        groups, ids = {record.group for record in chosen}, {record.id for record in chosen}
+        texts = {(record.group, text_of(record.request)) for record in chosen}
+        lines = chain.from_iterable(self.queue.line(key) for key in {record.key: None for record in chosen})
+        mates = [record for record in lines if record.group in groups and record.id not in ids]
+        return [record for record in mates if (record.group, text_of(record.request)) in texts]
+
+    def _step(self, first: RequestRecord, waiting: Waiting, door: _Door | None) -> Enter | Step:
+        """A batch around the first; whoever could join it from the line is encoded before, if there is a door."""
         params = first.request.params
         key = self.card.batch_key(params, first.step)
         budget = self._batch_budget(first, key)
@@ -146,13 +180,20 @@ class Planner:
             keys = self._sharing(first, key, waiting)
             shared = [r for k in keys for r in waiting[k] if r is not first and self._fits(r, key)]
             batch += [r for r in shared if r.stage is Stage.DENOISE][: budget - 1]
-            lines = self.queue.joinable(key)
-            keys = [k for k in keys if k in lines]
-            joining = next((r for k in keys for r in lines[k]), None) if admitting and len(batch) < budget else None
-            if joining is not None and self._has_room(joining):
-                return self._enter(first, chain.from_iterable(lines[k] for k in keys), budget - len(batch))
+            enter = self._join(first, key, keys, budget - len(batch), door) if door is not None else None
+            if enter is not None:
+                return enter
         left = min(record.next_stop - record.step for record in batch)
         return Step(first, tuple(batch), self._units(self.predictions.unit("denoise", params, len(batch)), left))
+
+    def _join(self, first: RequestRecord, key: Hashable, keys: list[str], most: int, door: _Door) -> Enter | None:
+        """Those in these keys' lines that could share the batch of the first."""
+        lines = self.queue.joinable(key)
+        could = (r for k in keys if k in lines for r in lines[k] if r.gateway not in door.shut)
+        candidates = list(islice(could, most))
+        if not candidates or not self._has_room(candidates[0], door):
+            return None
+        return self._enter(first, candidates, most, door)
 
     def _batch_budget(self, first: RequestRecord, key: Hashable) -> int:
         if first.alone:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+import msgspec
 from fake_mesh import demo_model
 
 from runtime.batching import BatchLimits
@@ -153,11 +154,12 @@ class Simulation:
         self.scheduler.gateway_lost(name, self.now)
         self.settle()
 
-    def submit(self, *ids, gateway=b"g", steps=10, frames=9, **terms):
+    def submit(self, *ids, gateway=b"g", steps=10, frames=9, prompt=None, **terms):
+        """What arrives together; without a prompt each has its own."""
         params = CARD.check(SamplingParams(prompt="a cat", seed=1, num_inference_steps=steps, num_frames=frames))
-        self.params |= dict.fromkeys(ids, params)
+        self.params |= {name: msgspec.structs.replace(params, prompt=prompt or f"a cat named {name}") for name in ids}
         self.owner |= dict.fromkeys(ids, gateway)
-        requests = tuple(Request(request_id, params, **terms) for request_id in ids)
+        requests = tuple(Request(request_id, self.params[request_id], **terms) for request_id in ids)
         self.scheduler.submit(gateway, requests, self.now)
         self.predicted |= {
             one: self.scheduler.requests[one].remaining_s for one in ids if one in self.scheduler.requests
@@ -275,7 +277,8 @@ class Simulation:
             assert item.seq > (self.items[-1].seq if self.items else 0)
             self.items.append(item)
             self.start(item)
-        assert len(self.states) <= MAX_ACTIVE
+        # A gateway may have a quarter of them waiting for itself before its own stay out.
+        assert len(self.states) <= (MAX_ACTIVE + MAX_ACTIVE // 4) * max(self.num_joined, 1)
         for rank in self.ranks:
             assert self.budget is None or self.bytes_on(rank) <= self.budget, "more than fits"
 
@@ -409,7 +412,7 @@ class Simulation:
     def seconds_of(self, item):
         match item:
             case Encode():
-                return SECONDS["encode"] * len(item.requests)
+                return SECONDS["encode"] * len({request.params.prompt for request in item.requests})
             case Denoise():
                 growth = getattr(self.cost, "growth", 1.0)
                 return SECONDS["denoise"] * item.steps * (1 + growth * (len(item.request_ids) - 1))

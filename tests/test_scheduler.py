@@ -192,6 +192,52 @@ def test_an_encode_lasts_no_longer_than_an_item(mesh):
     assert {len(item.requests) for item in mesh.items_of(Encode)} == {round(ITEM_SECONDS / SECONDS["encode"])}
 
 
+def test_one_text_is_encoded_once_however_many_want_it():
+    """Four pictures of one prompt with an encoder that takes as long as an item."""
+    mesh = Simulation(cost=(cost := KnownCost(SECONDS | {"encode": 0.1})), ready=False)
+    mesh.join()
+    mesh.submit(*"abcd", prompt="a dog")
+    mesh.submit("e")
+    mesh.regroup()
+    mesh.run()
+    assert [ids_of(item) for item in mesh.items_of(Encode)] == [tuple("abcd"), ("e",)]
+    assert [units for kind, units in cost.observed if kind == "encode"] == [1, 1]
+
+
+def test_equal_texts_between_others_are_found():
+    mesh = Simulation(ready=False)
+    mesh.join()
+    requests = [Request(name, CARD.check(SamplingParams(prompt=text, seed=1))) for name, text in zip("abcde", "xyzxy")]
+    for request in requests:
+        mesh.params[request.id], mesh.owner[request.id] = request.params, b"g"
+    mesh.scheduler.submit(b"g", tuple(requests), mesh.now)
+    mesh.regroup()
+    mesh.run()
+    assert [ids_of(item) for item in mesh.items_of(Encode)] == [("a", "b", "d", "e"), ("c",)]
+
+
+def test_equal_texts_of_different_submits_share_an_encode_that_they_would_be_in_anyway():
+    mesh = Simulation(cost=KnownCost(SECONDS | {"encode": 0.1}, growth=0.1))
+    mesh.join()
+    mesh.submit("a", steps=20)
+    mesh.run_to(Denoise)
+    mesh.submit("b", steps=20, prompt="a dog")
+    mesh.submit("c", steps=20, prompt="a cow")
+    mesh.submit("d", steps=20, prompt="a dog")
+    mesh.run()
+    assert [ids_of(item) for item in mesh.items_of(Encode)] == [("a",), ("b", "d"), ("c",)]
+
+
+def test_equal_texts_are_not_parted_by_a_batch_with_room_for_one_of_them():
+    mesh = Simulation(cost=KnownCost(growth=0.1), max_batch=2)
+    mesh.join()
+    mesh.submit("a", steps=20)
+    mesh.run_to(Denoise)
+    mesh.submit("b", "c", "d", steps=20, prompt="a dog")
+    mesh.run()
+    assert [ids_of(item) for item in mesh.items_of(Encode)] == [("a",), ("b", "c", "d")]
+
+
 def test_decode_of_one_alternates_with_denoise_of_another_key():
     mesh = Simulation(num_ranks=1)
     mesh.join()
@@ -286,8 +332,13 @@ def test_at_most_max_active_requests_hold_state():
     names = [f"r{n}" for n in range(MAX_ACTIVE * 2 + 3)]
     mesh.submit(*names, steps=1, frames=1)
     assert len(ids_of(mesh.items[0])) == MAX_ACTIVE
-    mesh.run(consume=False)
-    assert len(mesh.states) == MAX_ACTIVE
+    working = 0
+    while mesh.due:
+        records = mesh.scheduler.requests.values()
+        working = max(working, sum(record.stage in {"encode", "denoise"} for record in records))
+        mesh.next_report()
+    assert working == MAX_ACTIVE
+    assert MAX_ACTIVE <= len(mesh.states) < MAX_ACTIVE + MAX_ACTIVE // 4, "those that it has to store first"
     mesh.run()
     assert set(mesh.ends) == set(names)
     assert {type(end) for end in mesh.ends.values()} == {Completed}
@@ -683,6 +734,28 @@ def test_a_gateway_without_credits_does_not_stop_another():
         else:
             mesh.next_report()
     assert set(mesh.ends) == {"b"}
+
+
+@pytest.mark.parametrize(("credits", "frames"), [(1, 33), (1000, 1)])
+@pytest.mark.parametrize("key", ["", "another"])
+def test_a_gateway_that_stores_nothing_keeps_nobody_out(credits, frames, key):
+    """Its requests wait for room for their frames, or for its word; those of other gateways pass them."""
+    mesh = Simulation(cost=KnownCost(SECONDS | {"encode": 0.001}))
+    mesh.join(b"slow", credits=credits)
+    mesh.join(b"fast")
+    mesh.submit(*[f"s{n}" for n in range(3 * MAX_ACTIVE)], gateway=b"slow", steps=1, frames=frames)
+    mesh.run(consume=False)
+    assert len(mesh.states) < MAX_ACTIVE + MAX_ACTIVE // 4
+    names = [f"f{n}" for n in range(2 * MAX_ACTIVE)]
+    mesh.submit(*names, gateway=b"fast", steps=1, frames=1, key=key)
+    while mesh.due or mesh.gateways[b"fast"].inbox:
+        if mesh.gateways[b"fast"].inbox:
+            mesh.consume(b"fast")
+        else:
+            mesh.next_report()
+    assert set(mesh.ends) == set(names)
+    mesh.run()
+    assert len(mesh.ends) == 5 * MAX_ACTIVE
 
 
 def test_a_gateway_that_is_slow_to_store_keeps_no_rank(mesh):
