@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 
 from runtime.request import RequestRecord
@@ -22,6 +22,8 @@ that is late by no more: predictions are not that exact."""
 
 PATIENCE_S = 600.0
 """A request that has waited so long, and R / AGEING for its own R seconds, goes before every priority of its key."""
+MANY_KEYS = 1000
+"""Clocks are forgotten when there are so many more than twice those of the keys that wait."""
 
 Rank = tuple[float, float, float]
 
@@ -145,6 +147,10 @@ class FairShare:
         for key in keys - self._waiting:
             self.clocks[key] = max(self.clocks.get(key, 0.0), self._present)
         self._waiting = keys
+        if len(self.clocks) > MANY_KEYS + 2 * len(keys):
+            # Whoever is away and not ahead comes back at the present, known or not.
+            for key in [k for k, clock in self.clocks.items() if clock <= self._present and k not in keys]:
+                del self.clocks[key]
 
     def serve(self, key: str) -> None:
         """It is this key's turn."""
@@ -152,8 +158,3 @@ class FairShare:
 
     def charge(self, key: str, rank_seconds: float) -> None:
         self.clocks[key] = self.clocks.get(key, self._present) + rank_seconds / self.weights.get(key, 1.0)
-
-    def lag(self, keys: Iterable[str]) -> float:
-        """Furthest ahead less furthest behind, seconds of service."""
-        clocks = [self.clocks[key] for key in keys]
-        return max(clocks) - min(clocks) if clocks else 0.0

@@ -57,6 +57,8 @@ MAX_ACTIVE = 64
 """Requests whose state the ranks hold at once, memory allowing."""
 ORPHAN_S = 30.0
 """How long a request whose gateway is gone waits for another one to take it."""
+REJOIN_S = 10.0
+"""How long a drain that finds the ranks not ready waits for gateways to hand in what an earlier life accepted."""
 SAVE_S = 10.0
 """How long a drain that ran out of time waits for the last checkpoints."""
 
@@ -100,6 +102,7 @@ class Scheduler:
     """Batches that ran out of memory, halved."""
     _errands: Errands = field(default_factory=Errands)
     _drain_until: float = math.inf
+    _rejoin_until: float = -math.inf
     _time_up: bool = False
     """The drain's time is over: no item is started any more."""
     _news: list[tuple[bytes, News]] = field(default_factory=list)
@@ -138,7 +141,8 @@ class Scheduler:
                 record.orphaned_until = math.inf
 
     def gateway_lost(self, gateway: bytes, now: float) -> None:
-        """Its requests go on to the end of their denoising; what nobody takes over until then ends."""
+        """Its requests go on, but no frames are made for it; those that no other takes over in time end, wherever they
+        are, and their checkpoints with them."""
         if self._gateways.lose(gateway):
             for record in [r for r in self._requests.values() if r.gateway == gateway]:
                 record.orphaned_until = now + ORPHAN_S
@@ -187,7 +191,13 @@ class Scheduler:
         self._errands.saved(request_id)
         record = self._requests.get(request_id)
         if record is not None and saved.step > record.resume_step:
+            queued = record in self._queue
+            if queued:
+                self._queue.remove(record)
             record.saved = saved
+            if queued:
+                record.step = record.saved_upto = saved.step
+                self._line_up(record)
 
     def checkpoint_failed(self, request_id: str) -> None:
         """The request goes on with the checkpoint that it has, or with none."""
@@ -195,6 +205,8 @@ class Scheduler:
 
     def drain(self, timeout_s: float | None, now: float) -> None:
         """Take no new work; after the timeout start no item any more either, and save what has not ended."""
+        if not self.draining and not self.ready:
+            self._rejoin_until = now + REJOIN_S
         self.draining = True
         if timeout_s is not None:
             self._drain_until = min(self._drain_until, now + timeout_s)
@@ -203,8 +215,9 @@ class Scheduler:
         """Nothing is left, or the time is up and what is left was saved."""
         if not self.draining or self.running:
             return False
+        done = not self._requests and now >= self._rejoin_until
         saved = not self._errands.saving or now >= self._drain_until + SAVE_S
-        return not self._requests or (self._time_up and saved)
+        return done or (self._time_up and saved)
 
     def completed(self, rank: int, seq: int, seconds: float, now: float, peak_bytes: int = 0) -> None:
         """A rank is done with an item; the item is over when all its ranks are."""
@@ -224,7 +237,9 @@ class Scheduler:
         """A rank could not do its item, but the group lives: the item's requests end when all its ranks reported."""
         running = self.running.get(seq)
         if running is not None:
-            running.failure = (code, reason)
+            # That memory ran out explains what the others say.
+            if running.failure is None or code == OUT_OF_MEMORY:
+                running.failure = (code, reason)
             self.completed(rank, seq, 0.0, now)
 
     def calibrate(self, measurements: tuple[Measurement, ...]) -> None:
@@ -426,7 +441,7 @@ class Scheduler:
         for record in [r for r in self._requests.values() if r.stage is Stage.QUEUED]:
             too_large = self.memory.refusal(record)
             if too_large is not None:
-                self._fail(record, "out_of_memory", too_large, now)
+                self._fail(record, OUT_OF_MEMORY, too_large, now)
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------
 
@@ -434,16 +449,24 @@ class Scheduler:
         """A new request: into its key's line, or refused."""
         self._requests[record.id] = record
         record.total_chunks = len(self.card.decode_chunks(record.request.params))
-        record.saved = self.found.claim(record.id)
-        record.step = record.saved_upto = record.resume_step
         self.memory.measure(record)
         refusal = self._refusal(record)
         if refusal is not None:
+            # Its checkpoint stays: another gateway may hand it in, or the next life.
             self._fail(record, *refusal, now)
             return
+        record.saved = self.found.claim(record.id)
+        record.step = record.saved_upto = record.resume_step
+        too_large = self.memory.refusal(record)
+        if too_large is not None:
+            self._fail(record, OUT_OF_MEMORY, too_large, now)
+            return
+        self._watch_deadline(record)
+        self._line_up(record)
+
+    def _watch_deadline(self, record: RequestRecord) -> None:
         if record.request.timeout_s is not None:
             heapq.heappush(self._deadlines, (record.deadline, record.id))
-        self._line_up(record)
 
     def _line_up(self, record: RequestRecord) -> None:
         can_join = not (record.alone or record.sole) and record.step < record.total_steps
@@ -458,6 +481,8 @@ class Scheduler:
         record.gateway = gateway
         record.orphaned_until = math.inf
         record.cancel_reason, record.stored = None, False
+        # It may have passed, and the cancel with it.
+        self._watch_deadline(record)
         record.attempt = max(record.attempt, attempt) + 1
         if record.stage is Stage.DELIVER:
             record.move(Stage.DECODE, now)
@@ -482,13 +507,13 @@ class Scheduler:
         self._line_up(record)
 
     def _refusal(self, record: RequestRecord) -> tuple[str, str] | None:
-        """(code, reason) for what cannot be taken."""
-        if self.draining:
+        """(code, reason) for what cannot be taken. What was accepted before is taken by a draining mesh too."""
+        accepted = record.request.attempt > 0 or record.id in self.found.saved
+        if self.draining and not accepted:
             return "draining", "the server is shutting down and takes no new work"
         if record.gateway not in self._gateways:
             return "gateway_lost", "its gateway was given up; nobody would take the frames"
-        too_large = self.memory.refusal(record)
-        return ("out_of_memory", too_large) if too_large is not None else None
+        return None
 
     def _finish(self, running: Running, now: float) -> None:
         item = running.item
@@ -578,7 +603,8 @@ class Scheduler:
         assert stage in ENDED
         if record in self._queue:
             self._queue.remove(record)
-        if record.stage in ACTIVE or record.saved is not None:
+        # Ranks that died may have made a state durable that we have yet to hear of.
+        if record.entered or record.saved is not None:
             self._errands.ended(record.id)
         if record.stage in ACTIVE:
             self._leave_ranks(record)

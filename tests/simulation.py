@@ -129,6 +129,10 @@ class Simulation:
         """Requests that had to do something twice."""
         self.files: dict[str, SavedState] = dict(found or {})
         """The spool: the newest checkpoint of a request."""
+        self.told: dict[str, SavedState] = dict(found or {})
+        """The newest checkpoint of a request that the scheduler has heard of."""
+        self.untold: list[tuple[str, SavedState]] = []
+        """Those that are durable, while the word of it is on its way."""
         self.writing: list[tuple[str, int]] = []
         self.states: dict[str, State] = {}
         self.running = {}
@@ -202,7 +206,8 @@ class Simulation:
             self.scheduler.completed(rank, seq, self.seconds_of(item), self.now)
         self.settle()
 
-    def lose_group(self, reason="rank 1 died", culprit=None):
+    def lose_group(self, reason="rank 1 died", culprit=None, durable=0):
+        """The ranks die; of the checkpoints that were being written so many are durable, but nobody has said so."""
         reports = list(self.due)
         for item in self.running.values():
             if culprit is None:
@@ -211,8 +216,11 @@ class Simulation:
         self.due.clear()
         self.running.clear()
         self.unsent.clear()
-        self.states.clear()
+        for request_id, step in self.writing[:durable]:
+            if request_id in self.states:
+                self.keep(request_id, step)
         self.writing.clear()
+        self.states.clear()
         for gateway in self.gateways.values():
             gateway.excess += len(gateway.inbox)
         self.scheduler.group_lost(reason, self.now, culprit)
@@ -255,12 +263,26 @@ class Simulation:
         request_id, step = self.writing.pop(index)
         if failed:
             self.scheduler.checkpoint_failed(request_id)
-        elif request_id in self.states and step > getattr(self.files.get(request_id), "step", 0):
-            self.files[request_id] = SavedState(step, f"{request_id}-{step}", 1)
-            self.scheduler.checkpointed(request_id, self.files[request_id])
+        elif request_id in self.states:
+            self.keep(request_id, step)
+            self.tell()
         else:
             # It was released while it waited to be written.
             self.scheduler.checkpoint_failed(request_id)
+        self.settle()
+
+    def keep(self, request_id, step):
+        """A checkpoint is durable."""
+        saved = SavedState(step, f"{request_id}-{step}", 1)
+        self.files[request_id] = max(saved, self.files.get(request_id, saved), key=lambda each: each.step)
+        self.untold.append((request_id, saved))
+
+    def tell(self):
+        """The writer's words arrive, whatever became of it."""
+        for request_id, saved in self.untold:
+            self.told[request_id] = max(saved, self.told.get(request_id, saved), key=lambda each: each.step)
+            self.scheduler.checkpointed(request_id, saved)
+        self.untold.clear()
         self.settle()
 
     def total_chunks(self, request_id):
@@ -331,7 +353,7 @@ class Simulation:
         for request in item.requests:
             assert request.id not in self.states
             saved = item.resume.get(request.id)
-            assert saved == self.files.get(request.id), "not its newest checkpoint"
+            assert saved == self.told.get(request.id), "not the newest checkpoint that it was told of"
             self.states[request.id] = State(request.params, saved.step if saved is not None else 0)
 
     def denoised(self, item):
@@ -431,6 +453,8 @@ class Simulation:
             full = [name for name, gateway in self.gateways.items() if gateway.inbox] if consume else []
             if full:
                 self.consume(full[0])
+            elif self.untold:
+                self.tell()
             elif self.writing:
                 self.write()
             elif self.due:
