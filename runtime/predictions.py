@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from runtime.cost import CostModel
 from runtime.layout import Layout
-from runtime.protocol import Decode, Denoise, Encode
+from runtime.protocol import Decode, Denoise, Encode, Request
 from runtime.request import RequestRecord, Stage
 from runtime.sampling import ResolvedParams
 
@@ -18,10 +19,14 @@ class Predictions:
     cost: CostModel
     layout: Layout
 
+    def unit(self, kind: str, params: ResolvedParams, batch: int = 1) -> float:
+        """Seconds of one request, step or chunk for `batch` requests together."""
+        return self.cost.predict(kind, params, self.layout, batch)
+
     def seconds(self, item: Encode | Denoise | Decode, params: ResolvedParams) -> float:
         """Of an item whose requests have this shape."""
         kind, units, batch = item_size(item)
-        return units * self.cost.predict(kind, params, self.layout, batch)
+        return units * self.unit(kind, params, batch)
 
     def measured(self, item: Encode | Denoise | Decode, params: ResolvedParams) -> bool:
         """Whether such an item was seen before."""
@@ -41,15 +46,21 @@ class Predictions:
             "first_decode": int(record.chunk == 0),
             "decode": record.total_chunks - max(record.chunk, 1),
         }
-        return sum(n * self.cost.predict(kind, record.request.params, self.layout) for kind, n in units.items())
+        return sum(n * self.unit(kind, record.request.params) for kind, n in units.items())
 
 
 def item_size(item: Encode | Denoise | Decode) -> tuple[str, int, int]:
-    """(kind, units, requests that share each unit)."""
+    """(kind, units, requests that share each unit). Requests of one text are one unit: it is encoded once."""
     match item:
         case Encode():
-            return "encode", len(item.requests), 1
+            return "encode", len({text_of(request) for request in item.requests}), 1
         case Denoise():
             return "denoise", item.steps, len(item.request_ids)
         case Decode():
             return "decode" if item.first_chunk else "first_decode", item.chunks, 1
+
+
+def text_of(request: Request) -> Hashable:
+    """What its embeddings depend on; the token ids follow from the texts."""
+    params = request.params
+    return params.prompt, params.negative_prompt, request.images, request.mask, request.markup
