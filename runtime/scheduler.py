@@ -126,7 +126,7 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         self.memory = MemoryLedger(self.card)
-        self.predictions = Predictions(self.cost, self.layout)
+        self.predictions = Predictions(self.cost, self.card, self.layout, self.decode_on_all)
         self._queue = Queue(self.policy)
         self._fair = FairShare(self.weights)
 
@@ -232,7 +232,7 @@ class Scheduler:
     def calibrate(self, measurements: tuple[Measurement, ...]) -> None:
         """What the ranks measured while they warmed up."""
         for measured in measurements:
-            self.cost.observe(measured.kind, measured.params, self.layout, 1, measured.seconds, measured.batch)
+            self.predictions.learn(measured.kind, measured.params, 1, measured.seconds, measured.batch)
 
     def group_ready(self, memory_budget: int | None = None) -> None:
         """Every rank has the model; `memory_budget` is what the poorest of them has for states, bytes."""
@@ -411,7 +411,7 @@ class Scheduler:
             if joining is not None and self._has_room(joining):
                 return self._encode(chain.from_iterable(lines[k] for k in keys), budget - len(batch), now)
         left = min(record.next_stop - record.step for record in batch)
-        steps = self._units(self.cost.predict("denoise", params, self.layout, len(batch)), left)
+        steps = self._units(self.predictions.unit("denoise", params, len(batch)), left)
         for record in batch:
             record.running = True
         ids, previews = tuple(record.id for record in batch), tuple(self._previews(batch, steps))
@@ -426,7 +426,8 @@ class Scheduler:
     def _batch_budget(self, first: RequestRecord, key: Hashable) -> int:
         if first.alone:
             return 1
-        budget = batch_budget(self.cost, self.limits, first.request.params, self.layout)
+        params = first.request.params
+        budget = batch_budget(self.cost, self.limits, params, self.predictions.runs_on("denoise", params))
         return min(budget, self._batch_caps.get(key, budget))
 
     def _fits(self, record: RequestRecord, key: Hashable) -> bool:
@@ -449,7 +450,7 @@ class Scheduler:
     def _encode(self, candidates: Iterable[RequestRecord], most: int, now: float) -> Encode:
         """From the line into the ranks' memory, as many as find room and an item lasts; the first of them does."""
         first, *others = islice(candidates, min(most, self.max_active))
-        most = self._units(self.cost.predict("encode", first.request.params, self.layout), most)
+        most = self._units(self.predictions.unit("encode", first.request.params), most)
         entered: list[RequestRecord] = []
         for record in [first, *others]:
             if len(entered) < most and self._has_room(record):
@@ -485,7 +486,7 @@ class Scheduler:
         # The first chunk goes alone, so that the first frame does not wait for its neighbours.
         chunks = 1
         if record.chunk > 0:
-            seconds = self.cost.predict("decode", record.request.params, self.layout)
+            seconds = self.predictions.unit("decode", record.request.params)
             chunks = min(self._units(seconds, record.total_chunks - record.chunk), credits)
         self._gateways.spend(record.gateway, chunks)
         record.running = True

@@ -12,7 +12,7 @@ from tiny_wan import DEMO
 
 from launch.cli import main
 from launch.options import take_in
-from launch.tune import read_weights
+from launch.sizes import read_weights
 from runtime import traffic
 from runtime.errors import InvalidInput
 from runtime.layout import Layout
