@@ -195,6 +195,18 @@ def collectives(groups):
     ]
 
 
+def swaps(groups):
+    """Several tensors for each peer, views, uneven and some of them empty; what a member keeps is not sent."""
+    sp = groups.sp
+    sent = [(torch.full((2, peer), 10.0 * sp.rank + peer).T, torch.full((3,), float(peer))) for peer in range(sp.size)]
+    grid, tail = torch.zeros(sp.size, 2, sp.rank), torch.full((3, sp.size), -1.0)
+    sp.traffic.clear()
+    sp.swap(sent, [(grid[peer].T, tail[:, peer]) for peer in range(sp.size)])
+    assert all((grid[peer] == 10.0 * peer + sp.rank).all() for peer in range(sp.size))
+    assert (tail == sp.rank).all()
+    assert sp.traffic.bytes["all_to_all"] == 4 * sum(2 * peer + 3 for peer in range(sp.size) if peer != sp.rank)
+
+
 def guidance(groups):
     """Branches over guidance groups: more branches than groups, uneven too."""
     for count in range(groups.cfg.size, 5):
@@ -280,6 +292,8 @@ def main(out):
             groups, name = made[layout], f"ring{layout.ring}-ulysses{layout.ulysses}"
             collectives(groups)
             collectives(staged[layout])
+            swaps(groups)
+            swaps(staged[layout])
             refusals(groups)
             for title, case in cases():
                 report["errors"][f"{name} {title}"] = case.error(groups)
