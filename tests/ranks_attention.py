@@ -198,13 +198,14 @@ def collectives(groups):
 def swaps(groups):
     """Several tensors for each peer, views, uneven and some of them empty; what a member keeps is not sent."""
     sp = groups.sp
-    sent = [(torch.full((2, peer), 10.0 * sp.rank + peer).T, torch.full((3,), float(peer))) for peer in range(sp.size)]
-    grid, tail = torch.zeros(sp.size, 2, sp.rank), torch.full((3, sp.size), -1.0)
+    sent = [[torch.full((2, peer), 10.0 * sp.rank + peer + i).T for i in (0, 100)] for peer in range(sp.size)]
+    found = torch.zeros(2, 2, sp.rank, sp.size)
     sp.traffic.clear()
-    sp.swap(sent, [(grid[peer].T, tail[:, peer]) for peer in range(sp.size)])
-    assert all((grid[peer] == 10.0 * peer + sp.rank).all() for peer in range(sp.size))
-    assert (tail == sp.rank).all()
-    assert sp.traffic.bytes["all_to_all"] == 4 * sum(2 * peer + 3 for peer in range(sp.size) if peer != sp.rank)
+    sp.swap(sent, [found[..., peer].transpose(1, 2) for peer in range(sp.size)])
+    for peer in range(sp.size):
+        assert (found[0, ..., peer] == 10 * peer + sp.rank).all()
+        assert (found[1, ..., peer] == 10 * peer + sp.rank + 100).all()
+    assert sp.traffic.bytes["all_to_all"] == 4 * sum(4 * peer for peer in range(sp.size) if peer != sp.rank)
 
 
 def guidance(groups):

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -99,25 +99,23 @@ class Group:
         receive = [math.prod(shape) * (peer == before) for peer in range(self.size)]
         return self._start("exchange", x, send, receive, shape)
 
-    def swap(self, leaving: Sequence[Sequence[torch.Tensor]], arriving: Sequence[Sequence[torch.Tensor]]) -> None:
-        """The tensors `leaving[peer]` go to that peer and fill the tensors `arriving[peer]` there, of the same shapes.
+    def swap(self, leaving: Sequence[Sequence[torch.Tensor]], arriving: Sequence[torch.Tensor]) -> None:
+        """The tensors `leaving[peer]`, all of one shape, are stacked there in its `arriving[this member]`.
 
         Views with any strides; what a member keeps is copied from one to the other while the rest travels.
         """
-        sent, places = self._of_others(leaving), self._of_others(arriving)
-        send, receive = ([sum(x.numel() for x in tensors) for tensors in peers] for peers in (sent, places))
-        rows = leaving[self.rank][0].new_empty(sum(send))
-        for x, row in _laid_out(sent, rows):
-            row.copy_(x)
-        coming = self.start_all_to_all(rows, send, receive)
-        for x, place in zip(leaving[self.rank], arriving[self.rank], strict=True):
-            place.copy_(x)
-        for place, row in _laid_out(places, coming.wait()):
-            place.copy_(row)
-
-    def _of_others(self, tensors: Sequence[Sequence[torch.Tensor]]) -> list[Sequence[torch.Tensor]]:
-        """By peer, without this member's own."""
-        return [() if peer == self.rank else its for peer, its in enumerate(tensors)]
+        sent = [() if peer == self.rank else tuple(its) for peer, its in enumerate(leaving)]
+        send = [sum(x.numel() for x in its) for its in sent]
+        receive = [0 if peer == self.rank else place.numel() for peer, place in enumerate(arriving)]
+        values = arriving[self.rank].new_empty(sum(send))
+        for its, part in zip(sent, values.split(send), strict=True):
+            if its:
+                torch.stack(its, out=part.view(len(its), *its[0].shape))
+        coming = self.start_all_to_all(values, send, receive)
+        torch.stack(tuple(leaving[self.rank]), out=arriving[self.rank])
+        for place, part in zip(arriving, coming.wait().split(receive), strict=True):
+            if part.numel():
+                place.copy_(part.view(place.shape))
 
     def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
         """x with `sizes[rank]` along `dim` -> the whole tensor, `sum(sizes)` along `dim`, on every rank."""
@@ -192,15 +190,6 @@ class Group:
 
     def _count(self, kind: str, x: torch.Tensor, numel: int) -> None:
         self.traffic.add(kind, numel * x.element_size())
-
-
-def _laid_out(
-    tensors: Sequence[Sequence[torch.Tensor]], rows: torch.Tensor
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Each tensor, and its part of `rows`, in which they lie one after the other, in its shape."""
-    every = [x for peers in tensors for x in peers]
-    for x, row in zip(every, rows.split([x.numel() for x in every]), strict=True):
-        yield x, row.view(x.shape)
 
 
 def _host(shape: Sequence[int], like: torch.Tensor) -> torch.Tensor:
