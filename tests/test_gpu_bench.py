@@ -3,11 +3,14 @@
 import argparse
 import json
 from dataclasses import replace
+from importlib.metadata import packages_distributions, version
 
 import pytest
 import torch
+from packaging.utils import canonicalize_name
+from test_architecture import REPO, imports_of, modules_of, tree_of
 
-from bench import gpu, gpu_ranks
+from bench import gpu, gpu_ranks, gpu_wheels
 from bench.gpu_models import REAL, TINY, build, cast, twin, unfilled
 from bench.gpu_ranks import Row, judge
 from runtime.errors import InvalidInput
@@ -130,3 +133,26 @@ def test_a_wrong_kernel_is_out_of_bounds(monkeypatch, fault):
     monkeypatch.setitem(gpu_ranks.KERNELS, "torch_sdpa", replace(kernel, attend_lse=wrong))
     named = {row.case.split(": ")[1] for row in judge([*gpu_ranks.kernel_rows(CPU)])}
     assert named == {fault}
+
+
+# ---- wheels ------------------------------------------------------------------------------------------------------
+
+
+def test_the_wheels_are_all_that_is_imported():
+    """A module that begins to import another package fails here, and not on a machine where nothing can be fetched."""
+    # The demo is trained where it is at home.
+    files = [file for file in modules_of("runtime", "workers") if file.parent.name != "demo"]
+    files += [*(REPO / "bench").glob("gpu*.py"), REPO / "bench" / "report.py"]
+    files += [REPO / "tests" / name for name in ("test_gpu.py", "single_rank.py", "conftest.py")]
+    owners = packages_distributions()
+    packages = {name.split(".")[0] for file in files for name in imports_of(tree_of(file))}
+    needed = {canonicalize_name(owners[package][0]) for package in packages if package in owners}
+    wheels = gpu_wheels.closure(gpu_wheels.ROOTS)
+    assert {"diffusers", "pyzmq", "pytest"} <= needed
+    assert needed - wheels.keys() - gpu_wheels.LEFT_OUT - LATER == set()
+    assert wheels["diffusers"] == version("diffusers")
+    assert not wheels.keys() & gpu_wheels.LEFT_OUT
+
+
+LATER = {"yunchang", "framemesh"}
+"""An extra that is imported when it is asked for, and ourselves."""
