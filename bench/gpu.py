@@ -25,7 +25,7 @@ import argparse
 import gc
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -59,16 +59,20 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each contender in a round")
     parser.add_argument("--decodes", type=int, default=2)
-    parser.add_argument("--compiler", default="inductor", help="backend of torch.compile")
+    parser.add_argument("--compiler", default="inductor", help="backend of torch.compile; none: leave it out")
     parser.add_argument("--staged", action="store_true", help="two ranks on one GPU against one, for correctness")
     args = parser.parse_args()
-    device = pick(args.device)
+    try:
+        device = pick(args.device)
+    except InvalidInput as error:
+        parser.error(str(error))
     where = machine() | accelerator(device)
     if args.staged:
         figures = gpu_ranks.check(args.device)
         publish("staged", where, figures, device)
         return 1 if figures["out_of_bounds"] else 0
-    publish("", where, measure(args, device), device)
+    for figures in measure(args, device):
+        publish("", where, figures, device)
     return 0
 
 
@@ -113,16 +117,17 @@ Run = Callable[[], tuple[Marks, torch.Tensor]]
 # ---- a model -----------------------------------------------------------------------------------------------------
 
 
-def measure(args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def measure(args: argparse.Namespace, device: torch.device) -> Iterator[dict[str, Any]]:
+    """All figures so far after each model: whoever is interrupted has those of the others."""
     ceiling = product_rate(device)
-    models = {}
+    models: dict[str, Any] = {}
     for name in args.only:
         models[name] = measure_model(SCALES[args.scale][name], args, device, ceiling["median"])
+        yield {"ceiling_flops": ceiling, "steps_per_round": args.steps, "models": models}
         # The next one needs the room.
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
-    return {"ceiling_flops": ceiling, "steps_per_round": args.steps, "models": models}
 
 
 def product_rate(device: torch.device, repeats: int = 10) -> dict[str, float]:
@@ -152,12 +157,13 @@ def measure_model(recipe: Recipe, args: argparse.Namespace, device: torch.device
 def contenders(model: Model, steps: int, compiler: str, device: torch.device) -> dict[str, Run]:
     """Everybody on the same weights, from the same noise; for ours also the other way to run guidance branches."""
     executor, compiled = model.executor(), twin(model)
-    compiled.compile_repeated_blocks(fullgraph=True, backend=compiler)
     found: dict[str, Run] = {
         "framemesh": lambda: ours(model, executor, steps, device),
         EAGER: piped(model, twin(model), steps, device),
-        "diffusers compiled": piped(model, compiled, steps, device),
     }
+    if compiler != "none":
+        compiled.compile_repeated_blocks(fullgraph=True, backend=compiler)
+        found["diffusers compiled"] = piped(model, compiled, steps, device)
     card, params = model.recipe.card, model.recipe.params(steps)
     branches = len(card.branches(params, 0))
     if branches > 1 and branches * card.tokens(params) <= executing.JOINT_TOKENS:
