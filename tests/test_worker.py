@@ -484,6 +484,15 @@ def test_only_a_shared_forward_breaks_the_group(mesh, rank, broken):
     assert isinstance(mesh.ended, GroupBroken)
 
 
+@pytest.mark.parametrize(("steps", "breaks"), [(1, False), (3, True)])
+def test_a_solver_that_fails_before_the_last_step_leaves_the_others_in_the_next(mesh, rank, steps, breaks):
+    request = rank.request("r")
+    mesh.encode(request)
+    solver = SimpleNamespace(timesteps=torch.ones(9), step=lambda *_, **__: fail())
+    rank.executor.states["r"].solver = solver
+    assert mesh.denoise(steps, "r", ranks=(0, 1), expect=ItemFailed).group_broken is breaks
+
+
 def test_a_forward_alone_breaks_nobody(mesh, rank, broken):
     mesh.encode(rank.request("r"))
     broken(rank.family.denoiser, fail)

@@ -45,7 +45,7 @@ class Executor:
         self.previews: Previews | None = None
         """Likewise what shows unfinished requests."""
         self.in_collectives = False
-        """After an error: it was raised between collectives, in which other ranks may wait for this one."""
+        """After an error: other ranks may wait for this one, in a collective of the item that has not ended."""
         self.sharded = False
         """Encoders work together with other ranks, in every forward: weights are gathered, or layers shared."""
         self.decode_group: Group = ALONE
@@ -102,7 +102,7 @@ class Executor:
         states = [self.states[request_id] for request_id in item.request_ids]
         for left in range(item.steps, 0, -1):
             with self._showing(item) if left == 1 else nullcontext():
-                self.step(states, item.layout)
+                self.step(states, item.layout, last=left == 1)
         for state in states:
             state.spend("denoise", since)
 
@@ -121,8 +121,14 @@ class Executor:
                 self.previews.show(state, to)
             state.foresight = state.foreseen = None
 
-    def step(self, states: list[RequestState], layout: Layout) -> None:
-        """One denoising step of a batch: inputs -> forward -> guidance and solver, each request on its own schedule."""
+    def step(self, states: list[RequestState], layout: Layout, *, last: bool = True) -> None:
+        """One denoising step of a batch: inputs -> forward -> guidance and solver, each request on its own schedule.
+
+        Args:
+            states: of requests that share a batch key.
+            layout: of the item's ranks.
+            last: no step of the same item follows.
+        """
         branches = self._card.branches(states[0].params, states[0].step)
         # A step may need fewer branches than the item's layout has groups for them.
         groups = self._groups[layout_for(layout, len(branches), self._card)]
@@ -130,20 +136,23 @@ class Executor:
         with self._sequence.over(groups):
             for together in self._forwards(states, branches_of(branches, groups.cfg), groups):
                 inputs = self._family.inputs(states, together)
-                with self._collectives(True):
+                with self._collectives(True, last=False):
                     output = self._family.denoiser(**inputs)[0]
                 mine |= dict(zip(together, output.split(len(states)), strict=True))
-        with self._collectives(groups.cfg.size > 1):
+        with self._collectives(groups.cfg.size > 1, last=last):
             predictions = gather_branches(mine, branches, groups.cfg)
         for row, state in enumerate(states):
             self._family.advance(state, {branch: rows[row : row + 1] for branch, rows in predictions.items()})
 
     @contextmanager
-    def _collectives(self, takes_part: bool) -> Iterator[None]:
-        """What runs inside may wait for other ranks, and they for this one; an error leaves the mark."""
-        self.in_collectives = takes_part
+    def _collectives(self, takes_part: bool, *, last: bool = True) -> Iterator[None]:
+        """What runs inside may wait for other ranks, and they for this one.
+
+        The mark stays until the item's last collective: whoever fails alone between two leaves the others in the next.
+        """
+        self.in_collectives |= takes_part
         yield
-        self.in_collectives = False
+        self.in_collectives &= not last
 
     def _forwards(self, states: list[RequestState], branches: tuple[str, ...], groups: Groups) -> list[tuple[str, ...]]:
         """Which branches share a forward; decided from sizes alone, so that every rank and every run agree.
@@ -158,9 +167,10 @@ class Executor:
         state = self.states[item.request_id]
         group = self.decode_group if len(item.ranks) > 1 else ALONE
         decoder = self._open_decoder(state, item.first_chunk, group)
-        for chunk in range(item.first_chunk, item.first_chunk + item.chunks):
+        end = item.first_chunk + item.chunks
+        for chunk in range(item.first_chunk, end):
             since = time.monotonic()
-            with self._collectives(group.size > 1):
+            with self._collectives(group.size > 1, last=chunk == end - 1):
                 frames = next(decoder)
             state.spend("decode", since)
             count, height, width, _ = frames.shape
