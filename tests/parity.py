@@ -46,6 +46,10 @@ class Mesh:
         degrees = {"fsdp": self.shards} | {name: getattr(self.layout, name) for name in ("cfg", "ring", "ulysses")}
         return " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "1 rank"
 
+    @property
+    def name(self) -> str:
+        return self.title.replace(" x ", "-").replace(" ", "")
+
 
 ULYSSES, RING, CFG, USP = Layout(1, 1, 2), Layout(1, 2, 1), Layout(2, 1, 1), Layout(1, 2, 2)
 CFG_ULYSSES, CFG_RING, ULYSSES_4, RING_4 = Layout(2, 1, 2), Layout(2, 2, 1), Layout(1, 1, 4), Layout(1, 4, 1)
@@ -106,7 +110,7 @@ class Cell(Run):
 
     @property
     def name(self) -> str:
-        return f"{self.folder}-{self.mesh.title.replace(' x ', '-').replace(' ', '')}-{self.shape}-{self.mode}"
+        return f"{self.folder}-{self.mesh.name}-{self.shape}-{self.mode}"
 
     @property
     def requests(self) -> list[Case]:
@@ -131,7 +135,7 @@ class Half(Run):
 
     @property
     def name(self) -> str:
-        return f"bf16-{self.folder}-{self.mesh.title.replace(' x ', '-').replace(' ', '')}"
+        return f"bf16-{self.folder}-{self.mesh.name}"
 
     @property
     def requests(self) -> list[Case]:
