@@ -25,8 +25,8 @@ check: $(VENV)/.test  ## style and types
 screenshots: $(VENV)/.test  ## the README's pictures of the playground, from the demo model on two ranks
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python tests/screenshots.py
 
-parity: $(VENV)/.test  ## every family, layout and batching against diffusers; docs/parity.md (about 5 minutes)
-	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python tests/parity.py $(ARGS)
+parity: $(VENV)/.test  ## every family, layout and batching against diffusers; docs/parity.md (about 10 minutes)
+	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python tests/parity_page.py $(ARGS)
 
 bench: $(VENV)/.test  ## the figures of bench/results/, measured again (about 10 minutes on a quiet machine)
 	$(BIN)/python -m bench.latency

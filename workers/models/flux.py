@@ -203,7 +203,9 @@ class FluxFamily:
         scales = [torch.full((1,), state.params.guidance_scale, device=self.device) for state, _ in rows]
         return {
             "hidden_states": torch.cat([state.latents.to(self.dtype) for state, _ in rows]),
-            "timestep": torch.stack([state.timestep for state, _ in rows]) / 1000,
+            # Rounded before the division, as in the pipeline: the denoiser multiplies by 1000 again and finds what was
+            # rounded once. The other order is off by up to twice as much in bf16.
+            "timestep": torch.stack([state.timestep for state, _ in rows]).to(self.dtype) / 1000,
             "guidance": torch.cat(scales) if self.card.guidance_embeds else None,
             "pooled_projections": torch.cat([state.embeddings[branch + POOLED] for state, branch in rows]),
             "encoder_hidden_states": torch.cat([state.embeddings[branch] for state, branch in rows]),
