@@ -33,10 +33,11 @@ GIB = 1 << 30
 
 
 @pytest.fixture(autouse=True)
-def exact_products(monkeypatch):
-    """fp32 means fp32: convolutions are in TF32 otherwise, and no CPU would agree with them."""
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+def exact_convolutions():
+    """fp32 means fp32: they are in TF32 otherwise, and no CPU would agree with them."""
+    before, torch.backends.cudnn.allow_tf32 = torch.backends.cudnn.allow_tf32, False
+    yield
+    torch.backends.cudnn.allow_tf32 = before
 
 
 def busy():
