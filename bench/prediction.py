@@ -52,7 +52,7 @@ def _run(ranks: int, requests: int) -> Run:
     # An empty cache folder: what is measured is what a first start knows.
     with (
         tempfile.TemporaryDirectory(prefix="framemesh-") as cache,
-        Generator.from_pretrained("demo", num_gpus=ranks, cost_cache=cache) as generator,
+        Generator.from_pretrained("demo", num_gpus=ranks, ulysses_degree=ranks, cost_cache=cache) as generator,
     ):
         errors = [_eta_error(generator, seed) for seed in range(requests)]
         with Observer(generator.scheduler_endpoint) as observer:

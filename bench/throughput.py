@@ -51,11 +51,11 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
     )
     curve = {}
     for size in args.sizes:
-        async with _Served(Config(num_gpus=args.ranks, batching_max_size=size)) as mesh:
+        async with _Served(Config(num_gpus=args.ranks, ulysses_degree=args.ranks, batching_max_size=size)) as mesh:
             await _at_once(mesh, params, args.requests)
             curve[size] = spread([args.requests / await _at_once(mesh, params, args.requests) for _ in range(3)])
     with tempfile.TemporaryDirectory(prefix="framemesh-") as folder:
-        config = Config(num_gpus=args.ranks, trace_path=f"{folder}/trace.jsonl")
+        config = Config(num_gpus=args.ranks, ulysses_degree=args.ranks, trace_path=f"{folder}/trace.jsonl")
         async with _Served(config) as mesh:
             await _at_once(mesh, params, args.requests)
             pairs = [

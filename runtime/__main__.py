@@ -12,13 +12,13 @@ from runtime.apikeys import parse_weights
 from runtime.batching import BatchLimits
 from runtime.batchrules import rules_of
 from runtime.checkpoints import Leftovers, find_saved
-from runtime.config import Config, load_frozen
+from runtime.config import Config, fit_layout, load_frozen
 from runtime.cost import CostModel
 from runtime.costfile import cost_path, load_constants, save_constants
 from runtime.engine import Engine
 from runtime.keys import load_keys
 from runtime.log import get_logger, setup_logging
-from runtime.models.card import Card, card_for, read_configs
+from runtime.models.card import Card, card_for, most_branches, read_configs
 from runtime.protocol import FromScheduler, ToScheduler
 from runtime.recovery import LossLog
 from runtime.scheduler import Scheduler
@@ -38,8 +38,10 @@ def main() -> None:
     setup_logging("scheduler", config.log_level)
     set_keys(load_keys(config.curve_dir))
     configs = read_configs(args.model_folder)
-    cost_file = cost_path(config, configs)
     card = card_for(configs)
+    # Under a launcher every degree is said. By hand the ranks derive what is open as we do, and nobody chooses.
+    config = fit_layout(config, card, most_branches(card))
+    cost_file = cost_path(config, configs)
     cost = CostModel(card, load_constants(cost_file))
     scheduler = make_scheduler(config, card, cost)
     channel: Channel[FromScheduler, ToScheduler] = Channel.bind(args.bind, ToScheduler)

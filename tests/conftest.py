@@ -21,7 +21,7 @@ def own_logging():
 
 @pytest.fixture(scope="session")
 def mesh(tmp_path_factory):
-    """A Generator over two ranks with the demo model, which writes down its items."""
+    """A Generator over two ranks that share the demo model's tokens, which writes down its items."""
     from framemesh import Generator
 
     folder = tmp_path_factory.mktemp("mesh")
@@ -29,7 +29,7 @@ def mesh(tmp_path_factory):
     rules = folder / "rules.yaml"
     rules.write_text("- {max_batch_size: 1, device_memory_gb_min: 1000000}")
     written = {"trace_path": str(folder / "trace.jsonl"), "batching_config": str(rules)}
-    with Generator.from_pretrained("demo", num_gpus=2, **written) as generator:
+    with Generator.from_pretrained("demo", num_gpus=2, ulysses_degree=2, **written) as generator:
         yield generator
 
 
