@@ -10,9 +10,10 @@ import msgspec
 import pytest
 from tiny_wan import DEMO
 
+from bench import parallel
 from launch.cli import main
 from launch.options import take_in
-from launch.tune import read_weights
+from launch.sizes import read_weights
 from runtime import traffic
 from runtime.errors import InvalidInput
 from runtime.layout import Layout
@@ -193,6 +194,28 @@ def test_weights_that_are_read_bound_a_small_step(folder):
     on = tuner(folder, "h100-nvlink")
     params = on.card.check(replace(SHAPE, height=64, width=64, num_frames=1))
     assert on.rank(params, 1)[0].seconds == pytest.approx(on.weights.denoiser / on.machine.memory_bandwidth)
+
+
+BENCH = Path(__file__).parents[1] / "bench" / "results"
+
+
+def test_the_shipped_constants_of_cpus_predict_what_was_measured_on_two_quiet_cores():
+    """Layouts of 2,048 tokens side by side, and a step of the demo model, by the committed results."""
+    measured = json.loads((BENCH / "parallel.json").read_text())["layouts"]
+    block = 4 * (8 * 384**2 + 2 * 384 * parallel.FFN)
+    weights = Weights(denoiser=3 * block, largest_block=block, blocks=3, encoders=0, vae=0)
+    on = Tuner(parallel.card(), parallel.CONFIGS, weights, load_machine("cpu-gloo"))
+    params = on.card.check(replace(SHAPE, height=256, width=256, num_frames=29))
+    every = [p for p in on.rank(params, 2) if not p.candidate.fsdp]
+    times = [measured[str(p.candidate.layout)]["seconds_per_step"]["median"] for p in every]
+    assert len(times) == 3
+    assert times == sorted(times), "the ranking by prediction is that by measurement"
+    for prediction, seconds in zip(every, times, strict=True):
+        assert prediction.seconds / every[0].seconds == pytest.approx(seconds / times[0], rel=0.1)
+    units = json.loads((BENCH / "constants_demo_2ranks.json").read_text())["units"]
+    demo = tuner(DEMO, "cpu-gloo")
+    step = demo.predict(Candidate(Layout(1, 1, 2)), demo.card.check(SamplingParams(prompt="a"))).seconds
+    assert step == pytest.approx(units["denoise 64x64x17 branches=2 ranks=2 batch=1"]["seconds"], rel=0.25)
 
 
 # ---- the command -------------------------------------------------------------------------------------------------
