@@ -338,5 +338,5 @@ def generate(folder: Path, num_ranks: int, models: dict[str, dict[str, Any]], ru
     with tempfile.TemporaryDirectory(dir=folder) as place:
         plan = Path(place, "plan.json")
         plan.write_text(json.dumps({"models": models, "runs": runs}))
-        run_ranks(num_ranks, "ranks_generate.py", str(plan), place, timeout_s=60.0 + 5.0 * len(runs))
+        run_ranks(num_ranks, "ranks_generate.py", str(plan), place, timeout_s=120.0 + 5.0 * len(runs))
         return [load_file(Path(place, f"rank{rank}.safetensors")) for rank in range(num_ranks)]

@@ -93,29 +93,11 @@ class Group:
         """One place round the ring: x goes to the next member, a tensor of `shape` comes from the one before."""
         if self.size == 1:
             return Pending((), lambda: x)
-        # Not by isend and irecv: over gloo on busy cores they made the step of a small model take twice as long.
+        # Not by isend and irecv: over gloo, on busy cores, a step of a small model then took up to twice as long.
         following, before = (self.rank + 1) % self.size, (self.rank - 1) % self.size
         send = [x.numel() * (peer == following) for peer in range(self.size)]
         receive = [math.prod(shape) * (peer == before) for peer in range(self.size)]
         return self._start("exchange", x, send, receive, shape)
-
-    def swap(self, leaving: Sequence[Sequence[torch.Tensor]], arriving: Sequence[torch.Tensor]) -> None:
-        """The tensors `leaving[peer]`, all of one shape, are stacked there in its `arriving[this member]`.
-
-        Views with any strides; what a member keeps is copied from one to the other while the rest travels.
-        """
-        sent = [() if peer == self.rank else tuple(its) for peer, its in enumerate(leaving)]
-        send = [sum(x.numel() for x in its) for its in sent]
-        receive = [0 if peer == self.rank else place.numel() for peer, place in enumerate(arriving)]
-        values = arriving[self.rank].new_empty(sum(send))
-        for its, part in zip(sent, values.split(send), strict=True):
-            if its:
-                torch.stack(its, out=part.view(len(its), *its[0].shape))
-        coming = self.start_all_to_all(values, send, receive)
-        torch.stack(tuple(leaving[self.rank]), out=arriving[self.rank])
-        for place, part in zip(arriving, coming.wait().split(receive), strict=True):
-            if part.numel():
-                place.copy_(part.view(place.shape))
 
     def all_gather(self, x: torch.Tensor, dim: int, sizes: Sequence[int]) -> torch.Tensor:
         """x with `sizes[rank]` along `dim` -> the whole tensor, `sum(sizes)` along `dim`, on every rank."""
