@@ -12,6 +12,7 @@ from runtime.errors import FramemeshError
 from runtime.layout import Layout, layout_for
 from runtime.models.card import Card
 from runtime.protocol import Checkpoint, Decode, Denoise, Encode, FramesChunk, Release, WorkItem
+from runtime.traffic import JOINT_TOKENS
 from workers.models.family import Family
 from workers.parallel.cfg import branches_of, gather_branches
 from workers.parallel.comm import ALONE, Group
@@ -23,9 +24,6 @@ from workers.state import RequestState
 
 SendFrames = Callable[[str, FramesChunk, torch.Tensor], None]
 """(gateway endpoint, header, uint8 pixels)."""
-
-JOINT_TOKENS = 32_768
-"""Guidance branches share one forward up to this many tokens in all: beyond it batching wins no speed, only memory."""
 
 
 class Executor:
