@@ -31,7 +31,7 @@ from runtime.cost import Constants, CostModel
 from runtime.layout import Layout
 from runtime.models.card import Card, card_for, read_configs
 from runtime.models.wan import WanCard
-from runtime.predictions import Predictions
+from runtime.predictions import Predictions, item_size
 from runtime.protocol import (
     Cancelled,
     Completed,
@@ -44,8 +44,9 @@ from runtime.protocol import (
     WorkItem,
 )
 from runtime.request import RequestRecord
+from runtime.running import Running
 from runtime.sampling import ResolvedParams
-from runtime.scheduler import Running, Scheduler
+from runtime.scheduler import Scheduler
 
 HOME = Path(__file__).parent
 GATEWAY = b"gateway"
@@ -367,7 +368,7 @@ class _Replica:
         """What the ranks will take."""
         match item:
             case Encode():
-                return self.truth.seconds("encode", item.requests[0].params, len(item.requests))
+                return self.truth.seconds("encode", item.requests[0].params, item_size(item)[1])
             case Denoise():
                 params = self.requests[item.request_ids[0]]
                 return self.truth.seconds("denoise", params, item.steps, len(item.request_ids))
@@ -703,11 +704,11 @@ class RecordingScheduler(Scheduler):
 
     def _row(self, running: Running, records: list[RequestRecord], now: float) -> ItemDone:
         item = running.item
-        units = {Encode: len(records), Denoise: getattr(item, "steps", 0), Decode: getattr(item, "chunks", 0)}
+        units = item_size(item)[1]
         first = isinstance(item, Decode) and bool(records) and records[0].chunk == 0
         ids = tuple(record.id for record in records)
         kind = type(item).__name__.lower()
-        return ItemDone(kind, ids, units[type(item)], first, len(item.ranks), running.seconds, running.started, now)
+        return ItemDone(kind, ids, units, first, len(item.ranks), running.seconds, running.started, now)
 
 
 def learn(rows: Iterable[ItemDone], params: dict[str, ResolvedParams], setup: Setup, begin: Constants) -> Constants:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
 from dataclasses import dataclass
 
 from runtime.cost import CostModel
 from runtime.layout import Layout, layout_for
 from runtime.models.card import Card
-from runtime.protocol import Decode, Denoise, Encode
+from runtime.protocol import Decode, Denoise, Encode, Request
 from runtime.request import RequestRecord, Stage
 from runtime.sampling import ResolvedParams
 
@@ -64,11 +65,17 @@ class Predictions:
 
 
 def item_size(item: Encode | Denoise | Decode) -> tuple[str, int, int]:
-    """(kind, units, requests that share each unit)."""
+    """(kind, units, requests that share each unit). Requests of one text are one unit: it is encoded once."""
     match item:
         case Encode():
-            return "encode", len(item.requests), 1
+            return "encode", len({text_of(request) for request in item.requests}), 1
         case Denoise():
             return "denoise", item.steps, len(item.request_ids)
         case Decode():
             return "decode" if item.first_chunk else "first_decode", item.chunks, 1
+
+
+def text_of(request: Request) -> Hashable:
+    """What its embeddings depend on; the token ids follow from the texts."""
+    params = request.params
+    return params.prompt, params.negative_prompt, request.images, request.mask, request.markup

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from runtime.protocol import Fence, Heartbeat, WorkerHello
-from runtime.scheduler import Running
+from runtime.running import Running
 
 HEARTBEAT_LIMIT_S = 6.0
 """A ready rank that is silent for so long is taken for dead; it beats once a second from a thread of its own."""

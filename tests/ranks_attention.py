@@ -195,6 +195,19 @@ def collectives(groups):
     ]
 
 
+def swaps(groups):
+    """Several tensors for each peer, views, uneven and some of them empty; what a member keeps is not sent."""
+    sp = groups.sp
+    sent = [[torch.full((2, peer), 10.0 * sp.rank + peer + i).T for i in (0, 100)] for peer in range(sp.size)]
+    found = torch.zeros(2, 2, sp.rank, sp.size)
+    sp.traffic.clear()
+    sp.swap(sent, [found[..., peer].transpose(1, 2) for peer in range(sp.size)])
+    for peer in range(sp.size):
+        assert (found[0, ..., peer] == 10 * peer + sp.rank).all()
+        assert (found[1, ..., peer] == 10 * peer + sp.rank + 100).all()
+    assert sp.traffic.bytes["all_to_all"] == 4 * sum(4 * peer for peer in range(sp.size) if peer != sp.rank)
+
+
 def guidance(groups):
     """Branches over guidance groups: more branches than groups, uneven too."""
     for count in range(groups.cfg.size, 5):
@@ -282,6 +295,8 @@ def main(out):
             groups, name = made[layout], f"ring{layout.ring}-ulysses{layout.ulysses}"
             collectives(groups)
             collectives(staged[layout])
+            swaps(groups)
+            swaps(staged[layout])
             refusals(groups)
             for title, case in cases():
                 report["errors"][f"{name} {title}"] = case.error(groups)

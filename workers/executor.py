@@ -13,6 +13,7 @@ from runtime.layout import Layout, layout_for
 from runtime.models.card import Card
 from runtime.protocol import Checkpoint, Decode, Denoise, Encode, FramesChunk, Release, WorkItem
 from runtime.traffic import JOINT_TOKENS
+from workers.device import settle
 from workers.models.family import Family
 from workers.parallel.cfg import branches_of, gather_branches
 from workers.parallel.comm import ALONE, Group
@@ -82,6 +83,7 @@ class Executor:
         since = time.monotonic()
         with self._collectives(self.sharded):
             embeddings = self._family.encode(item.requests)
+            settle(self._family.device)
         states: dict[str, RequestState] = {}
         for request, embedding in zip(item.requests, embeddings, strict=True):
             generator = torch.Generator("cpu").manual_seed(request.params.seed)
@@ -101,6 +103,9 @@ class Executor:
         for left in range(item.steps, 0, -1):
             with self._showing(item) if left == 1 else nullcontext():
                 self.step(states, item.layout, last=left == 1)
+        # Collectives too have only been queued: whoever does not come is noticed here.
+        with self._collectives(len(item.ranks) > 1):
+            settle(self._family.device)
         for state in states:
             state.spend("denoise", since)
 
@@ -170,6 +175,7 @@ class Executor:
             since = time.monotonic()
             with self._collectives(group.size > 1, last=chunk == end - 1):
                 frames = next(decoder)
+                settle(self._family.device)
             state.spend("decode", since)
             count, height, width, _ = frames.shape
             header = FramesChunk(

@@ -102,5 +102,7 @@ def memory_budget(device: torch.device, ranks_on_host: int) -> int:
     """Bytes for the states of requests: what is free after loading, less room for activations."""
     if device.type == "cuda":
         sharing = math.ceil(ranks_on_host / torch.cuda.device_count())
-        return int(torch.cuda.mem_get_info(device)[0] * STATE_SHARE / sharing)
+        # What torch keeps of the warm-up is free for this rank, though not for others.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int((torch.cuda.mem_get_info(device)[0] / sharing + kept) * STATE_SHARE)
     return int(psutil.virtual_memory().available * STATE_SHARE / ranks_on_host)
