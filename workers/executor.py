@@ -12,7 +12,7 @@ from runtime.errors import FramemeshError
 from runtime.layout import Layout, layout_for
 from runtime.models.card import Card
 from runtime.protocol import Checkpoint, Decode, Denoise, Encode, FramesChunk, Release, WorkItem
-from runtime.traffic import JOINT_TOKENS
+from runtime.traffic import JOINT_TOKENS as JOINT_TOKENS
 from workers.device import settle
 from workers.models.family import Family
 from workers.parallel.cfg import branches_of, gather_branches
