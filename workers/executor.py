@@ -12,7 +12,7 @@ from runtime.errors import FramemeshError
 from runtime.layout import Layout, layout_for
 from runtime.models.card import Card
 from runtime.protocol import Checkpoint, Decode, Denoise, Encode, FramesChunk, Release, WorkItem
-from runtime.traffic import JOINT_TOKENS as JOINT_TOKENS
+from runtime.traffic import JOINT_TOKENS
 from workers.device import settle
 from workers.models.family import Family
 from workers.parallel.cfg import branches_of, gather_branches
@@ -49,6 +49,8 @@ class Executor:
         """Encoders work together with other ranks, in every forward: weights are gathered, or layers shared."""
         self.decode_group: Group = ALONE
         """With whom this rank decodes when an item names several ranks."""
+        self.joint_tokens = JOINT_TOKENS
+        """Guidance branches share a forward up to this many tokens in all."""
         self._family = family
         self._card = card
         self._sequence = sequence
@@ -163,7 +165,7 @@ class Executor:
         With guidance groups each branch runs alone, as it does without them above the limit: equal to the bit.
         """
         tokens = self._card.tokens(states[0].params) * len(states) * len(branches)
-        together = groups.cfg.size == 1 and tokens <= JOINT_TOKENS
+        together = groups.cfg.size == 1 and tokens <= self.joint_tokens
         return [branches] if together else [(branch,) for branch in branches]
 
     def _decode(self, item: Decode) -> None:
