@@ -360,6 +360,9 @@ def fit_layout(config: Config, card: Heads, branches: int) -> Config:
     if config.cfg_degree > branches:
         reason = f"cfg({config.cfg_degree}) > {branches} guidance branches of this model; leave the ranks to SP"
         raise InvalidInput("enable_cfg_parallel", reason)
+    if config.use_fsdp_inference and branches % config.cfg_degree:
+        reason = f"{branches} guidance branches on cfg({config.cfg_degree}) groups are unequal numbers of forwards, "
+        raise InvalidInput("use_fsdp_inference", f"{reason}and every forward gathers weights from all ranks")
     layout = config.layout_on(card.heads)
     if layout.ulysses > card.heads:
         reason = f"ulysses({layout.ulysses}) > {card.heads} attention heads; give the rest to ring_degree"

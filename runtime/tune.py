@@ -97,7 +97,8 @@ class Tuner:
         work = work_of(self.card, self.configs, params)
         for layout in layouts(num_ranks, work):
             yield Candidate(layout)
-            if num_ranks > 1:
+            # Every forward gathers weights from all ranks, so all have to run equally many.
+            if num_ranks > 1 and work.branches % layout.cfg == 0:
                 yield Candidate(layout, fsdp=True)
 
     def predict(self, candidate: Candidate, params: ResolvedParams) -> Prediction:

@@ -114,11 +114,6 @@ def test_sharded_weights_travel_once_per_forward():
     assert step_traffic(long, Layout(2, 1, 2), 4, weight_bytes=whole, blocks=8).weights == whole * 3 / 4
 
 
-def test_the_executor_joins_branches_up_to_the_same_size():
-    executor = Path(__file__).parents[1] / "workers" / "executor.py"
-    assert f"JOINT_TOKENS = {traffic.JOINT_TOKENS:_}" in executor.read_text()
-
-
 # ---- the ranking -------------------------------------------------------------------------------------------------
 
 
