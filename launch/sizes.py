@@ -87,19 +87,30 @@ def read_weights(folder: Path, element: int) -> Weights:
         InvalidInput: a file is none of safetensors.
     """
     denoiser = _numels(folder / "transformer")
-    blocks = Counter[str]()
-    for name, numel in denoiser:
-        if block := re.match(r".*?\.\d+(?=\.)", name):
-            blocks[block[0]] += numel
-    encoders = [part for part in sorted(folder.glob("text_encoder*")) if part.is_dir()]
+    encoders = [_numels(part) for part in sorted(folder.glob("text_encoder*")) if part.is_dir()]
     return Weights(
         denoiser=element * sum(numel for _, numel in denoiser),
-        largest_block=element * max(blocks.values(), default=0),
-        blocks=len(blocks),
-        encoders=element * sum(numel for part in encoders for _, numel in _numels(part)),
+        gathered=element * max(_gathered(part) for part in (denoiser, *encoders)),
+        blocks=len(_blocks(denoiser)),
+        encoders=element * sum(numel for part in encoders for _, numel in part),
         # The VAE stays in fp32 unless it is told otherwise.
         vae=4 * sum(numel for _, numel in _numels(folder / "vae")),
     )
+
+
+def _blocks(tensors: list[tuple[str, int]]) -> Counter[str]:
+    """Values in each of the repeated blocks; what is in none belongs to the root."""
+    blocks = Counter[str]()
+    for name, numel in tensors:
+        if block := re.match(r".*?\.\d+(?=\.)", name):
+            blocks[block[0]] += numel
+    return blocks
+
+
+def _gathered(tensors: list[tuple[str, int]]) -> int:
+    """Values that a rank of a shard group has whole at once: root, block, next block and its buffer."""
+    blocks = _blocks(tensors)
+    return sum(numel for _, numel in tensors) - blocks.total() + 3 * max(blocks.values(), default=0)
 
 
 def _numels(folder: Path) -> list[tuple[str, int]]:

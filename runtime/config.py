@@ -17,7 +17,7 @@ import msgspec
 from runtime.apikeys import parse_keys, parse_rate
 from runtime.bounds import MAX_PROMPT_CHARS
 from runtime.errors import InvalidInput
-from runtime.layout import Heads, Layout, derive_layout
+from runtime.layout import Heads, Layout, derive_layout, describe_layout
 from runtime.places import read_places
 
 Precision = Literal["fp16", "bf16", "fp32"]
@@ -370,6 +370,16 @@ def fit_layout(config: Config, card: Heads, branches: int) -> Config:
     if layout == config.layout:
         return config
     return replace(config, ulysses_degree=layout.ulysses, ring_degree=layout.ring)
+
+
+def describe_mesh(config: Config, card: Heads) -> tuple[str, ...]:
+    """The layout with what each rank has of a forward, then how weights, encodes and decodes are shared."""
+    ranks, tp = config.num_gpus, config.tp_size or 1
+    weights = f"1/{ranks} of denoiser and text encoders" if config.use_fsdp_inference else "all of them"
+    encodes = f"heads and hidden units split over {tp} ranks" if tp > 1 else "every rank alone"
+    decodes = "a strip of rows of every frame on each rank" if config.vae_sp else "one rank each"
+    shared = f"  weights on a rank: {weights}; text encoders: {encodes}; decodes: {decodes}"
+    return (*describe_layout(config.layout, card), shared)
 
 
 def save_frozen(config: Config, path: Path) -> None:

@@ -60,9 +60,9 @@ QWEN = {
     "vae": {"temperal_downsample": [False, True, True]},
 }
 FAMILIES = {
-    "wan": (WAN, Weights(denoiser=28e9, largest_block=0.7e9, blocks=40, encoders=11e9, vae=0.5e9)),
-    "flux": (FLUX, Weights(denoiser=24e9, largest_block=0.6e9, blocks=57, encoders=10e9, vae=0.3e9)),
-    "qwen": (QWEN, Weights(denoiser=41e9, largest_block=0.7e9, blocks=60, encoders=16e9, vae=0.5e9)),
+    "wan": (WAN, Weights(denoiser=28e9, gathered=2.1e9, blocks=40, encoders=11e9, vae=0.5e9)),
+    "flux": (FLUX, Weights(denoiser=24e9, gathered=1.8e9, blocks=57, encoders=10e9, vae=0.3e9)),
+    "qwen": (QWEN, Weights(denoiser=41e9, gathered=2.1e9, blocks=60, encoders=16e9, vae=0.5e9)),
 }
 """Of real sizes, in bf16."""
 
