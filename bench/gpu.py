@@ -36,7 +36,7 @@ from bench.gpu_models import SCALES, Model, Recipe, build, twin
 from bench.report import machine, save, shown, spread
 from runtime.errors import InvalidInput
 from runtime.layout import Layout
-from workers import executor as executing
+from runtime.traffic import JOINT_TOKENS
 from workers.executor import Executor
 from workers.peak import peak_bytes, reset_peak
 
@@ -166,7 +166,7 @@ def contenders(model: Model, steps: int, compiler: str, device: torch.device) ->
         found["diffusers compiled"] = piped(model, compiled, steps, device)
     card, params = model.recipe.card, model.recipe.params(steps)
     branches = len(card.branches(params, 0))
-    if branches > 1 and branches * card.tokens(params) <= executing.JOINT_TOKENS:
+    if branches > 1 and branches * card.tokens(params) <= JOINT_TOKENS:
         found["framemesh, a forward per branch"] = lambda: apart(model, executor, steps, device)
     return found
 
@@ -205,11 +205,11 @@ def ours(model: Model, executor: Executor, steps: int, device: torch.device) -> 
 
 def apart(model: Model, executor: Executor, steps: int, device: torch.device) -> tuple[Marks, torch.Tensor]:
     """Ours, but guidance branches never share a forward: where their texts differ in length, sharing needs a mask."""
-    joint, executing.JOINT_TOKENS = executing.JOINT_TOKENS, 0
+    joint, executor.joint_tokens = executor.joint_tokens, 0
     try:
         return ours(model, executor, steps, device)
     finally:
-        executing.JOINT_TOKENS = joint
+        executor.joint_tokens = joint
 
 
 def piped(model: Model, denoiser: torch.nn.Module, steps: int, device: torch.device) -> Run:

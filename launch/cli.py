@@ -18,9 +18,8 @@ from cyclopts import App, CycloptsError, Parameter
 from launch.options import Output, take_in
 from launch.tryout import try_folder, try_port
 from runtime.batchrules import rules_of
-from runtime.config import DEMO_MODEL, Config, check_config
+from runtime.config import DEMO_MODEL, Config, check_config, describe_mesh
 from runtime.errors import FramemeshError, InvalidInput
-from runtime.layout import describe_layout
 from runtime.places import is_remote, read_places
 from runtime.sampling import ResolvedParams, SamplingParams
 
@@ -445,11 +444,12 @@ def prepare(
     _check_encoders(config, folder)
     resolved = None if params is None else card.check(params)
     _check_ending(output, card, resolved)
-    if config.num_gpus > 1:
-        _say("note: " + "\n".join([*describe_layout(config.layout, card), *why]))
-    for note in _notes(config, card):
-        _say(f"note: {note}")
+    notes = list(_notes(config, card))
     config = replace(config, vae_sp=config.vae_sp and config.num_gpus > 1 and card.decodes_in_strips)
+    if config.num_gpus > 1:
+        notes.insert(0, "\n".join([*describe_mesh(config, card), *why]))
+    for note in notes:
+        _say(f"note: {note}")
     return Prepared(config, folder, card, resolved, why)
 
 

@@ -22,9 +22,8 @@ from launch.sizes import settle_layout
 from launch.supervisor import Supervisor
 from launch.weights import resolve_model
 from runtime.batchrules import rules_of
-from runtime.config import Config, check_config
+from runtime.config import Config, check_config, describe_mesh
 from runtime.errors import FramemeshError, InvalidInput, StartFailed
-from runtime.layout import describe_layout
 from runtime.models.card import Card, card_for, read_configs
 from runtime.protocol import Completed, MeshState, Request, Usage
 from runtime.sampling import ResolvedParams, SamplingParams, check_terms
@@ -71,7 +70,7 @@ class Generator:
         self.card: Card = card_for(read_configs(folder))
         config, why = settle_layout(config, folder, self.card)
         if why:
-            print("\n".join([*describe_layout(config.layout, self.card), *why]), file=sys.stderr, flush=True)
+            print("\n".join([*describe_mesh(config, self.card), *why]), file=sys.stderr, flush=True)
         self._loop = asyncio.new_event_loop()
         # The children die with the thread that started them: this one lives until close().
         self._thread = threading.Thread(target=self._loop.run_forever, name="framemesh", daemon=True)

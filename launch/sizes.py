@@ -7,6 +7,7 @@ import math
 import re
 import struct
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import msgspec
@@ -15,6 +16,7 @@ from launch.devices import Gpu, linked, memory_limit, visible_gpus
 from runtime.choice import choose
 from runtime.config import Config, fit_layout
 from runtime.errors import InvalidInput
+from runtime.folding import resolve_tp
 from runtime.machine import Machine, load_machine
 from runtime.models.card import Card, most_branches, read_configs, usual_request
 from runtime.tune import Tuner, Weights
@@ -27,6 +29,8 @@ LONGEST_HEADER = 100 << 20
 def settle_layout(config: Config, folder: Path, card: Card) -> tuple[Config, tuple[str, ...]]:
     """The configuration with the layout that the mesh gets: as it was asked for, else chosen, with lines that say why.
 
+    How many ranks share the text encoders follows from it.
+
     A launcher calls it once; every process of the mesh then gets the same integers.
 
     Raises:
@@ -35,7 +39,12 @@ def settle_layout(config: Config, folder: Path, card: Card) -> tuple[Config, tup
     lines: tuple[str, ...] = ()
     if config.layout_is_open:
         config, lines = choose(config, tuner_for(config, folder, card), card.check(usual_request()))
-    return fit_layout(config, card, most_branches(card)), lines
+    config = fit_layout(config, card, most_branches(card))
+    # Sharded encoders hold 1/N already.
+    if config.num_gpus == 1 or config.tp_size is not None or config.use_fsdp_inference:
+        return config, lines
+    tp, reason = resolve_tp(None, read_configs(folder), config.layout.sp, this_machine(config))
+    return replace(config, tp_size=tp), (*lines, f"text encoders: {reason}") if tp > 1 else lines
 
 
 def tuner_for(config: Config, folder: Path, card: Card, machine: Machine | None = None) -> Tuner:
@@ -78,19 +87,30 @@ def read_weights(folder: Path, element: int) -> Weights:
         InvalidInput: a file is none of safetensors.
     """
     denoiser = _numels(folder / "transformer")
-    blocks = Counter[str]()
-    for name, numel in denoiser:
-        if block := re.match(r".*?\.\d+(?=\.)", name):
-            blocks[block[0]] += numel
-    encoders = [part for part in sorted(folder.glob("text_encoder*")) if part.is_dir()]
+    encoders = [_numels(part) for part in sorted(folder.glob("text_encoder*")) if part.is_dir()]
     return Weights(
         denoiser=element * sum(numel for _, numel in denoiser),
-        largest_block=element * max(blocks.values(), default=0),
-        blocks=len(blocks),
-        encoders=element * sum(numel for part in encoders for _, numel in _numels(part)),
+        gathered=element * max(_gathered(part) for part in (denoiser, *encoders)),
+        blocks=len(_blocks(denoiser)),
+        encoders=element * sum(numel for part in encoders for _, numel in part),
         # The VAE stays in fp32 unless it is told otherwise.
         vae=4 * sum(numel for _, numel in _numels(folder / "vae")),
     )
+
+
+def _blocks(tensors: list[tuple[str, int]]) -> Counter[str]:
+    """Values in each of the repeated blocks; what is in none belongs to the root."""
+    blocks = Counter[str]()
+    for name, numel in tensors:
+        if block := re.match(r".*?\.\d+(?=\.)", name):
+            blocks[block[0]] += numel
+    return blocks
+
+
+def _gathered(tensors: list[tuple[str, int]]) -> int:
+    """Values that a rank of a shard group has whole at once: root, block, next block and its buffer."""
+    blocks = _blocks(tensors)
+    return sum(numel for _, numel in tensors) - blocks.total() + 3 * max(blocks.values(), default=0)
 
 
 def _numels(folder: Path) -> list[tuple[str, int]]:

@@ -17,7 +17,7 @@ import msgspec
 from runtime.apikeys import parse_keys, parse_rate, parse_weights
 from runtime.bounds import MAX_PROMPT_CHARS
 from runtime.errors import InvalidInput
-from runtime.layout import Heads, Layout, derive_layout
+from runtime.layout import Heads, Layout, derive_layout, describe_layout
 from runtime.places import read_places
 
 Precision = Literal["fp16", "bf16", "fp32"]
@@ -364,6 +364,9 @@ def fit_layout(config: Config, card: Heads, branches: int) -> Config:
     if config.cfg_degree > branches:
         reason = f"cfg({config.cfg_degree}) > {branches} guidance branches of this model; leave the ranks to SP"
         raise InvalidInput("enable_cfg_parallel", reason)
+    if config.use_fsdp_inference and branches % config.cfg_degree:
+        reason = f"{branches} guidance branches on cfg({config.cfg_degree}) groups are unequal numbers of forwards, "
+        raise InvalidInput("use_fsdp_inference", f"{reason}and every forward gathers weights from all ranks")
     layout = config.layout_on(card.heads)
     if layout.ulysses > card.heads:
         reason = f"ulysses({layout.ulysses}) > {card.heads} attention heads; give the rest to ring_degree"
@@ -371,6 +374,16 @@ def fit_layout(config: Config, card: Heads, branches: int) -> Config:
     if layout == config.layout:
         return config
     return replace(config, ulysses_degree=layout.ulysses, ring_degree=layout.ring)
+
+
+def describe_mesh(config: Config, card: Heads) -> tuple[str, ...]:
+    """The layout with what each rank has of a forward, then how weights, encodes and decodes are shared."""
+    ranks, tp = config.num_gpus, config.tp_size or 1
+    weights = f"1/{ranks} of denoiser and text encoders" if config.use_fsdp_inference else "all of them"
+    encodes = f"heads and hidden units split over {tp} ranks" if tp > 1 else "every rank alone"
+    decodes = "a strip of rows of every frame on each rank" if config.vae_sp else "one rank each"
+    shared = f"  weights on a rank: {weights}; text encoders: {encodes}; decodes: {decodes}"
+    return (*describe_layout(config.layout, card), shared)
 
 
 def save_frozen(config: Config, path: Path) -> None:

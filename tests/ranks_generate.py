@@ -20,7 +20,7 @@ from runtime.layout import Layout, layouts_of
 from runtime.models.card import card_for, read_configs
 from runtime.protocol import Decode, Denoise, Encode, Release, Request
 from runtime.sampling import SamplingParams
-from workers import executor as executing
+from runtime.traffic import JOINT_TOKENS
 from workers import setup
 from workers.parallel.comm import ALONE
 from workers.parallel.groups import SOLO, make_groups
@@ -80,7 +80,7 @@ class Rank:
         executor, card, layout = self.executors[run["model"]], self.cards[run["model"]], Layout(*run["layout"])
         waiting = [Request(f"{run['name']}/{i}", card.check(params_of(case))) for i, case in enumerate(run["requests"])]
         decode = len(waiting) == 1 and run["mutation"] == "none"
-        executing.JOINT_TOKENS = 32_768 if run.get("joint", True) else 0
+        executor.joint_tokens = JOINT_TOKENS if run.get("joint", True) else 0
         running = []
         with broken(run["mutation"], self.denoisers[run["model"]]):
             while waiting or running:

@@ -60,9 +60,9 @@ QWEN = {
     "vae": {"temperal_downsample": [False, True, True]},
 }
 FAMILIES = {
-    "wan": (WAN, Weights(denoiser=28e9, largest_block=0.7e9, blocks=40, encoders=11e9, vae=0.5e9)),
-    "flux": (FLUX, Weights(denoiser=24e9, largest_block=0.6e9, blocks=57, encoders=10e9, vae=0.3e9)),
-    "qwen": (QWEN, Weights(denoiser=41e9, largest_block=0.7e9, blocks=60, encoders=16e9, vae=0.5e9)),
+    "wan": (WAN, Weights(denoiser=28e9, gathered=2.1e9, blocks=40, encoders=11e9, vae=0.5e9)),
+    "flux": (FLUX, Weights(denoiser=24e9, gathered=1.8e9, blocks=57, encoders=10e9, vae=0.3e9)),
+    "qwen": (QWEN, Weights(denoiser=41e9, gathered=2.1e9, blocks=60, encoders=16e9, vae=0.5e9)),
 }
 """Of real sizes, in bf16."""
 
@@ -201,6 +201,26 @@ def test_what_was_asked_for_wins_and_the_rest_is_derived(demo, said, layout):
     config, why = settle_layout(Config(num_gpus=4, **said), DEMO, demo)
     assert (config.layout, why) == (layout, ())
     assert config.use_fsdp_inference is said.get("use_fsdp_inference")
+
+
+def test_sharded_weights_need_equally_many_forwards_on_every_rank(demo):
+    config = Config(num_gpus=2, cfg_parallel_size=2, use_fsdp_inference=True)
+    assert fit_layout(config, demo, 2).layout == Layout(2, 1, 1)
+    with pytest.raises(InvalidInput, match=r"3 guidance branches on cfg\(2\) groups are unequal numbers of forwards"):
+        fit_layout(config, demo, 3)
+
+
+def test_the_launcher_decides_how_many_ranks_share_the_text_encoders(demo, monkeypatch):
+    """A prompt on these links costs nothing to share; where SP has one rank there is nobody to share it with."""
+    machine = msgspec.structs.replace(load_machine("h100-nvlink"), link_bandwidth=1e15, link_latency=0.0, launch=0.0)
+    monkeypatch.setattr(sizes, "this_machine", lambda config: machine)
+    config, (line,) = settle_layout(Config(num_gpus=2, ulysses_degree=2), DEMO, demo)
+    assert config.tp_size == 2
+    assert line.startswith("text encoders: tp_size 2 by prediction")
+    assert settle_layout(Config(num_gpus=2, enable_cfg_parallel=True), DEMO, demo)[0].tp_size == 1
+    assert settle_layout(Config(num_gpus=2, ulysses_degree=2, tp_size=1), DEMO, demo)[0].tp_size == 1
+    sharded = settle_layout(Config(num_gpus=2, use_fsdp_inference=True), DEMO, demo)[0]
+    assert sharded.tp_size is None
 
 
 def test_one_rank_has_nothing_to_choose(demo):

@@ -92,7 +92,7 @@ def shell(*words, **options):
 
 def test_serve_gets_the_config_and_the_folder(started):
     assert main(["serve", "--port", "0", "--num-gpus=2", "--ring-degree=2"]) == 0
-    assert started == [("serve", Config(port=0, num_gpus=2, ring_degree=2), DEMO)]
+    assert started == [("serve", Config(port=0, num_gpus=2, ring_degree=2, tp_size=1), DEMO)]
 
 
 def test_run_gets_the_file_name_and_needs_no_save_output(started):
@@ -111,10 +111,10 @@ def test_generate_says_when_nothing_was_saved(started, capsys, words, save):
 
 def test_flags_take_dashes_underscores_and_equals(meaning):
     expected = meaning("--prompt", "a fox", "--num-gpus", "2", "--ulysses-degree", "2")
-    assert expected[0] == Config(num_gpus=2, ulysses_degree=2)
+    assert expected[0] == Config(num_gpus=2, ulysses_degree=2, tp_size=1)
     assert meaning("--prompt=a fox", "--num_gpus=2", "--ulysses_degree=2") == expected
     assert meaning("--prompt", "a fox", "--num_gpus", "2", "--sp-size", "2", "--ulysses-degree=2") == (
-        Config(num_gpus=2, ulysses_degree=2, sp_degree=2),
+        Config(num_gpus=2, ulysses_degree=2, sp_degree=2, tp_size=1),
         expected[1],
     )
 

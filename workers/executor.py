@@ -12,6 +12,7 @@ from runtime.errors import FramemeshError
 from runtime.layout import Layout, layout_for
 from runtime.models.card import Card
 from runtime.protocol import Checkpoint, Decode, Denoise, Encode, FramesChunk, Release, WorkItem
+from runtime.traffic import JOINT_TOKENS
 from workers.device import settle
 from workers.models.family import Family
 from workers.parallel.cfg import branches_of, gather_branches
@@ -24,9 +25,6 @@ from workers.state import RequestState
 
 SendFrames = Callable[[str, FramesChunk, torch.Tensor], None]
 """(gateway endpoint, header, uint8 pixels)."""
-
-JOINT_TOKENS = 32_768
-"""Guidance branches share one forward up to this many tokens in all: beyond it batching wins no speed, only memory."""
 
 
 class Executor:
@@ -51,6 +49,8 @@ class Executor:
         """Encoders work together with other ranks, in every forward: weights are gathered, or layers shared."""
         self.decode_group: Group = ALONE
         """With whom this rank decodes when an item names several ranks."""
+        self.joint_tokens = JOINT_TOKENS
+        """Guidance branches share a forward up to this many tokens in all."""
         self._family = family
         self._card = card
         self._sequence = sequence
@@ -165,7 +165,7 @@ class Executor:
         With guidance groups each branch runs alone, as it does without them above the limit: equal to the bit.
         """
         tokens = self._card.tokens(states[0].params) * len(states) * len(branches)
-        together = groups.cfg.size == 1 and tokens <= JOINT_TOKENS
+        together = groups.cfg.size == 1 and tokens <= self.joint_tokens
         return [branches] if together else [(branch,) for branch in branches]
 
     def _decode(self, item: Decode) -> None:

@@ -72,7 +72,7 @@ def make_loader(config: Config, folder: Path, device: torch.device, rank: int, *
     """How weights are spread over the ranks; makes its groups, so every rank has to call it."""
     num_ranks = config.num_gpus
     mesh = shard_mesh(num_ranks, device) if config.use_fsdp_inference else None
-    # Without knowing its links, a machine is taken to have slow ones.
+    # A launcher has decided; by hand, without knowing its links, a machine is taken to have slow ones.
     machine = load_machine("h100-pcie" if device.type == "cuda" else "cpu-gloo")
     # Sharded encoders hold 1/N already; splitting their layers as well is only done when it is asked for.
     wanted = 1 if config.use_fsdp_inference and config.tp_size is None else config.tp_size
