@@ -251,7 +251,7 @@ class Engine:
     def _give_up_group(self, trouble: Trouble, now: float) -> None:
         """Ranks that live on would beat for ever and never join again: whoever is in trouble is killed."""
         self._fence(trouble.fences)
-        self._group_lost(trouble.reason, now)
+        self._group_lost(trouble.reason, now, trouble.culprit)
 
     def _fence(self, fences: Iterable[tuple[str, Fence]]) -> None:
         for host, fence in fences:

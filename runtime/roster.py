@@ -39,6 +39,8 @@ class Trouble:
 
     reason: str
     fences: tuple[tuple[str, Fence], ...]
+    culprit: tuple[int, str] | None = None
+    """The item that brought them there, with its error's code, if one is known to."""
 
 
 @dataclass
@@ -111,11 +113,16 @@ class Roster:
             if rank.ready and now - rank.last_seen > HEARTBEAT_LIMIT_S:
                 return self._trouble([rank], f"was silent for {now - rank.last_seen:.1f} s")
         for item in running:
-            factor, more_s = (OVERDUE_FACTOR, OVERDUE_S) if item.measured else (UNMEASURED_FACTOR, UNMEASURED_S)
+            # Whoever has failed alone leaves the others in a collective, however new their kernels are.
+            known = item.measured or item.failure is not None
+            factor, more_s = (OVERDUE_FACTOR, OVERDUE_S) if known else (UNMEASURED_FACTOR, UNMEASURED_S)
             if now - item.started > factor * item.predicted_s + more_s:
                 late = [self.ranks[number] for number in sorted(item.waiting & self.ranks.keys())]
-                what = f"an item of {item.predicted_s:.1f} s"
-                return self._trouble(late, f"is not done with {what} after {now - item.started:.1f} s")
+                what = f"is not done with an item of {item.predicted_s:.1f} s after {now - item.started:.1f} s"
+                if item.failure is None:
+                    return self._trouble(late, what)
+                code, reason = item.failure
+                return self._trouble(late, f"{what}, in which another failed: {reason}", (item.item.seq, code))
         return None
 
     def unreachable(self, number: int) -> Trouble:
@@ -128,6 +135,7 @@ class Roster:
         beats = [self._strangers.pop(peer)[0] for peer in stuck]
         return [(beat.host, Fence(beat.rank, beat.pid, "it lives on in a group that is gone")) for beat in beats]
 
-    def _trouble(self, ranks: list[Rank], what: str) -> Trouble:
+    def _trouble(self, ranks: list[Rank], what: str, culprit: tuple[int, str] | None = None) -> Trouble:
         reason = f"rank {', '.join(str(rank.hello.rank) for rank in ranks)} {what}"
-        return Trouble(reason, tuple((r.hello.host, Fence(r.hello.rank, r.hello.pid, reason)) for r in ranks))
+        fences = tuple((r.hello.host, Fence(r.hello.rank, r.hello.pid, reason)) for r in ranks)
+        return Trouble(reason, fences, culprit)

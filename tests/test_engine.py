@@ -515,6 +515,25 @@ def test_a_hang_in_an_item_that_was_never_measured_ends_too(stage, monkeypatch):
     assert waited >= 10 * running.predicted_s + 0.2
 
 
+def test_ranks_that_wait_for_one_that_failed_are_not_left_to_wait(stage, monkeypatch):
+    """It failed before its first collective and lives; the others would wait there as long as an unknown item may last.
+
+    What it failed of counts: after an out-of-memory with the batch that it was in nobody is suspected of more.
+    """
+    monkeypatch.setattr(runtime.roster, "OVERDUE_S", 0.3)
+    monkeypatch.setattr(runtime.engine, "BEAT_S", 0.05)
+    supervisor, ranks = stage.supervisor("here"), stage.ranks()
+    stage.gateway().send(Submit((request("r1"),)))
+    item = shared(ranks, Encode)
+    assert not stage.scheduler.running[item.seq].measured
+    ranks[0].send(ItemFailed(0, item.seq, "out_of_memory", "no room", group_broken=False))
+    fence = supervisor.expect(Fence)
+    assert (fence.rank, fence.pid) == (1, 1001)
+    assert fence.reason.endswith("in which another failed: no room")
+    eventually(lambda: stage.scheduler.losses.total == 1)
+    assert not any(record.losses for record in stage.scheduler.requests.values())
+
+
 def test_heartbeats_keep_a_busy_rank_alive(stage, monkeypatch):
     monkeypatch.setattr(runtime.roster, "HEARTBEAT_LIMIT_S", 0.3)
     supervisor, ranks = stage.supervisor("here"), stage.ranks()
