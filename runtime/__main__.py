@@ -55,6 +55,8 @@ def main() -> None:
         while not engine.stopped:
             engine.step()
     finally:
+        # A second one must not interrupt the write.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         save_constants(cost.constants, cost_file)
         channel.close(linger_s=1.0)
         if trace is not None:
