@@ -26,7 +26,9 @@ def main() -> None:
     # An empty cache folder: what is measured is what a first start knows.
     with (
         tempfile.TemporaryDirectory(prefix="framemesh-") as cache,
-        Generator.from_pretrained("demo", num_gpus=args.ranks, cost_cache=cache) as generator,
+        Generator.from_pretrained(
+            "demo", num_gpus=args.ranks, ulysses_degree=args.ranks, cost_cache=cache
+        ) as generator,
     ):
         first = _eta_error(generator, 0)
         etas = [_eta_error(generator, seed) for seed in range(1, args.requests)]

@@ -108,7 +108,7 @@ def _replay(name: str, ranks: int, trace: Sequence[Arrival]) -> Outcome:
 
 async def _through_mesh(overrides: dict[str, Any], ranks: int, trace: Sequence[Arrival]) -> Outcome:
     """A fresh mesh per run: the same start for every policy."""
-    config = Config(num_gpus=ranks, **overrides)
+    config = Config(num_gpus=ranks, ulysses_degree=ranks, **overrides)
     supervisor = Supervisor(config, resolve_model(config.model_path), quiet=True)
     try:
         await supervisor.start()

@@ -31,7 +31,7 @@ from runtime.cost import Constants, CostModel
 from runtime.layout import Layout
 from runtime.models.card import Card, card_for, read_configs
 from runtime.models.wan import WanCard
-from runtime.predictions import item_size
+from runtime.predictions import Predictions, item_size
 from runtime.protocol import (
     Cancelled,
     Completed,
@@ -133,13 +133,13 @@ class Truth:
     computed: int = 0
 
     def __post_init__(self) -> None:
-        self._model = CostModel(self.card, copy.deepcopy(self.costs.learnt))
+        self._model = Predictions(CostModel(self.card, copy.deepcopy(self.costs.learnt)), self.card, self.layout)
 
     def seconds(self, kind: str, params: ResolvedParams, units: int, batch: int = 1, first: bool = False) -> float:
         unit = self.costs.units.get(unit_key(kind, params, self.layout.num_ranks, batch, first))
         if unit is None:
             self.computed += 1
-            unit = Unit(self._model.predict("first_decode" if first else kind, params, self.layout, batch))
+            unit = Unit(self._model.unit("first_decode" if first else kind, params, batch))
         else:
             self.looked_up += 1
         return units * unit.seconds * self._jitter(unit.cv if self.cv is None else self.cv)
@@ -404,8 +404,7 @@ class Simulation:
         layout = setup.layout(card)
         self._truth = Truth(setup.costs, card, layout, random.Random(seed), setup.cv)
         believed = setup.costs.start if setup.as_measured and setup.costs.start else setup.costs.learnt
-        self._judge = CostModel(card, copy.deepcopy(believed))
-        self._layout = layout
+        self._judge = Predictions(CostModel(card, copy.deepcopy(believed)), card, layout)
         self._replicas = [
             _Replica(make(card, layout, CostModel(card, copy.deepcopy(believed))), self._truth)
             for _ in range(setup.replicas)
@@ -503,7 +502,7 @@ class Simulation:
                 "decode": len(self._truth.card.decode_chunks(params)) - 1,
             }
             self._work_cache[arrival.group] = sum(
-                count * self._judge.predict(kind, params, self._layout) for kind, count in units.items()
+                count * self._judge.unit(kind, params) for kind, count in units.items()
             )
         return self._work_cache[arrival.group]
 
@@ -715,10 +714,11 @@ class RecordingScheduler(Scheduler):
 def learn(rows: Iterable[ItemDone], params: dict[str, ResolvedParams], setup: Setup, begin: Constants) -> Constants:
     """What the scheduler believes after these items."""
     card = setup.costs.card()
-    model, layout = CostModel(card, copy.deepcopy(begin)), setup.layout(card)
+    model = CostModel(card, copy.deepcopy(begin))
+    predictions = Predictions(model, card, setup.layout(card))
     for row in rows:
         batch = len(row.ids) if row.kind == "denoise" else 1
-        model.observe(row.kind, params[row.ids[0]], layout, row.units, row.seconds, batch)
+        predictions.learn(row.kind, params[row.ids[0]], row.units, row.seconds, batch)
     return model.constants
 
 

@@ -42,10 +42,10 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
     )
     curve = {}
     for size in args.sizes:
-        async with _Served(Config(num_gpus=args.ranks, batching_max_size=size)) as mesh:
+        async with _Served(Config(num_gpus=args.ranks, ulysses_degree=args.ranks, batching_max_size=size)) as mesh:
             await _at_once(mesh, params, args.requests)
             curve[size] = spread([args.requests / await _at_once(mesh, params, args.requests) for _ in range(3)])
-    async with _Served(Config(num_gpus=args.ranks)) as mesh:
+    async with _Served(Config(num_gpus=args.ranks, ulysses_degree=args.ranks)) as mesh:
         await _at_once(mesh, params, args.requests)
         pairs = [
             (await _one_by_one(mesh, params, args.requests), await _at_once(mesh, params, args.requests))

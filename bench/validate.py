@@ -100,7 +100,13 @@ def main() -> None:
     for policy in args.policies:
         with tempfile.TemporaryDirectory(prefix="framemesh-") as folder:
             rows_file = Path(folder) / "rows.jsonl"
-            config = Config(num_gpus=args.ranks, cost_cache=folder, start_timeout=90, **REAL_POLICIES[policy])
+            config = Config(
+                num_gpus=args.ranks,
+                ulysses_degree=args.ranks,
+                cost_cache=folder,
+                start_timeout=90,
+                **REAL_POLICIES[policy],
+            )
             warm, played = asyncio.run(_serve(config, rows_file, args.load, args.count or REQUESTS))
             rows = [msgspec.json.decode(line, type=Row) for line in rows_file.read_bytes().splitlines()]
         costs, compared = _compare(policy, rows, warm, played, args.ranks, where)

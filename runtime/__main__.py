@@ -10,13 +10,13 @@ from pathlib import Path
 
 from runtime.batching import BatchLimits, BatchRule, read_batch_rules
 from runtime.checkpoints import Leftovers, find_saved
-from runtime.config import Config, load_frozen
+from runtime.config import Config, fit_layout, load_frozen
 from runtime.cost import CostModel
 from runtime.costfile import cost_path, load_constants, save_constants
 from runtime.engine import Engine
 from runtime.keys import load_keys
 from runtime.log import get_logger, setup_logging
-from runtime.models.card import card_for, read_configs
+from runtime.models.card import card_for, most_branches, read_configs
 from runtime.protocol import FromScheduler, ToScheduler
 from runtime.recovery import LossLog
 from runtime.scheduler import Scheduler
@@ -37,6 +37,8 @@ def main() -> None:
     set_keys(load_keys(config.curve_dir))
     configs = read_configs(args.model_folder)
     card = card_for(configs)
+    # Under a launcher every degree is said. By hand the ranks derive what is open as we do, and nobody chooses.
+    config = fit_layout(config, card, most_branches(card))
     cost_file = cost_path(config, configs)
     cost = CostModel(card, load_constants(cost_file))
     limits = BatchLimits(config.batching_max_size, _rules(config), config.model_name)

@@ -19,12 +19,13 @@ log = get_logger("cost")
 
 
 def cost_path(config: Config, configs: Configs) -> Path:
-    """The file for this model on this machine in this layout and precision."""
+    """The file for this model on this machine in this layout and precision, its weights sharded or whole."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(config.cost_cache) if config.cost_cache is not None else Path(cache) / "framemesh" / "cost"
     threads = os.environ.get("OMP_NUM_THREADS", "")
     machine = (platform.node(), platform.machine(), os.cpu_count(), config.device, config.dit_precision, threads)
-    identity = msgspec.json.encode([configs, machine, config.layout], order="sorted")
+    shared = (config.layout, bool(config.use_fsdp_inference))
+    identity = msgspec.json.encode([configs, machine, shared], order="sorted")
     return folder / f"{hashlib.sha256(identity).hexdigest()[:16]}.json"
 
 

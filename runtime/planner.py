@@ -198,7 +198,9 @@ class Planner:
     def _batch_budget(self, first: RequestRecord, key: Hashable) -> int:
         if first.alone:
             return 1
-        budget = batch_budget(self.predictions.cost, self.limits, first.request.params, self.predictions.layout)
+        params = first.request.params
+        layout = self.predictions.runs_on("denoise", params)
+        budget = batch_budget(self.predictions.cost, self.limits, params, layout)
         return min(budget, self.batch_caps.get(key, budget))
 
     def _fits(self, record: RequestRecord, key: Hashable) -> bool:

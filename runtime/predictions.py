@@ -6,7 +6,8 @@ from collections.abc import Hashable
 from dataclasses import dataclass
 
 from runtime.cost import CostModel
-from runtime.layout import Layout
+from runtime.layout import Layout, layout_for
+from runtime.models.card import Card
 from runtime.protocol import Decode, Denoise, Encode, Request
 from runtime.request import RequestRecord, Stage
 from runtime.sampling import ResolvedParams
@@ -17,11 +18,25 @@ class Predictions:
     """The cost model in the scheduler's words."""
 
     cost: CostModel
+    card: Card
     layout: Layout
+    """Of the mesh."""
+    decode_on_all: bool = False
+    """Every decode runs on all ranks, not on one."""
+
+    def runs_on(self, kind: str, params: ResolvedParams) -> Layout:
+        """What a unit really runs on: without a branch for every guidance group their ranks join SP."""
+        if kind == "denoise":
+            return layout_for(self.layout, len(self.card.branches(params, 0)), self.card)
+        return self.layout if kind == "encode" or self.decode_on_all else Layout()
 
     def unit(self, kind: str, params: ResolvedParams, batch: int = 1) -> float:
         """Seconds of one request, step or chunk for `batch` requests together."""
-        return self.cost.predict(kind, params, self.layout, batch)
+        return self.cost.predict(kind, params, self.runs_on(kind, params), batch)
+
+    def learn(self, kind: str, params: ResolvedParams, units: int, seconds: float, batch: int = 1) -> None:
+        """From `units` of them that are over."""
+        self.cost.observe(kind, params, self.runs_on(kind, params), units, seconds, batch)
 
     def seconds(self, item: Encode | Denoise | Decode, params: ResolvedParams) -> float:
         """Of an item whose requests have this shape."""
@@ -31,12 +46,12 @@ class Predictions:
     def measured(self, item: Encode | Denoise | Decode, params: ResolvedParams) -> bool:
         """Whether such an item was seen before."""
         kind, _, batch = item_size(item)
-        return self.cost.measured(kind, params, self.layout, batch)
+        return self.cost.measured(kind, params, self.runs_on(kind, params), batch)
 
     def observe(self, item: Encode | Denoise | Decode, params: ResolvedParams, seconds: float) -> None:
         """Learn from an item that is over."""
         kind, units, batch = item_size(item)
-        self.cost.observe(kind, params, self.layout, units, seconds, batch)
+        self.learn(kind, params, units, seconds, batch)
 
     def remaining(self, record: RequestRecord) -> float:
         """Seconds of work that are left of a request, alone on the mesh."""

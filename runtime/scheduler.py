@@ -112,7 +112,7 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         self.memory = MemoryLedger(self.card)
-        self.predictions = Predictions(self.cost, self.layout)
+        self.predictions = Predictions(self.cost, self.card, self.layout, self.decode_on_all)
         self._queue = Queue(self.policy)
         self._fair = FairShare(self.weights)
         self._planner = Planner(
@@ -245,7 +245,7 @@ class Scheduler:
     def calibrate(self, measurements: tuple[Measurement, ...]) -> None:
         """What the ranks measured while they warmed up."""
         for measured in measurements:
-            self.cost.observe(measured.kind, measured.params, self.layout, 1, measured.seconds, measured.batch)
+            self.predictions.learn(measured.kind, measured.params, 1, measured.seconds, measured.batch)
 
     def group_ready(self, memory_budget: int | None = None) -> None:
         """Every rank has the model; `memory_budget` is what the poorest of them has for states, bytes."""

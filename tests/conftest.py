@@ -21,10 +21,10 @@ def own_logging():
 
 @pytest.fixture(scope="session")
 def mesh():
-    """A Generator over two ranks with the demo model."""
+    """A Generator over two ranks that share the demo model's tokens."""
     from framemesh import Generator
 
-    with Generator.from_pretrained("demo", num_gpus=2) as generator:
+    with Generator.from_pretrained("demo", num_gpus=2, ulysses_degree=2) as generator:
         yield generator
 
 

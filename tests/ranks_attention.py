@@ -263,7 +263,9 @@ def main(out):
     made = make_groups([*layouts, guided], rank, "gloo")
     staged = make_groups(layouts, rank, "staged")
     warm_up(made, torch.device("cpu"))
+    backend = made[layouts[0]].replica.process_group._get_backend(torch.device("cpu"))
     report = {
+        "timeout_s": backend.options._timeout.total_seconds(),
         "errors": {},
         "staged": {},
         "bf16": {},

@@ -26,7 +26,7 @@ PLANTED = f"""
     def plant(module):
         import torch
 
-        def step(self, states, layout):
+        def step(self, states, layout, **kwargs):
             prompts = " ".join(state.params.prompt for state in states)
             if "{POISONED}" in prompts and states[0].step >= 2:
                 os.kill(os.getpid(), signal.SIGKILL)
@@ -40,7 +40,7 @@ PLANTED = f"""
             if "{ENORMOUS}" in prompts:
                 note(f"{ENORMOUS} {{len(states)}}")
                 raise torch.OutOfMemoryError("planted: out of memory")
-            real(self, states, layout)
+            real(self, states, layout, **kwargs)
 
         real, module.Executor.step = module.Executor.step, step
 

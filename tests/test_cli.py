@@ -91,8 +91,8 @@ def shell(*words, **options):
 
 
 def test_serve_gets_the_config_and_the_folder(started):
-    assert main(["serve", "--port", "0", "--num-gpus=2"]) == 0
-    assert started == [("serve", Config(port=0, num_gpus=2), DEMO)]
+    assert main(["serve", "--port", "0", "--num-gpus=2", "--ring-degree=2"]) == 0
+    assert started == [("serve", Config(port=0, num_gpus=2, ring_degree=2, tp_size=1), DEMO)]
 
 
 def test_run_gets_the_file_name_and_needs_no_save_output(started):
@@ -111,10 +111,10 @@ def test_generate_says_when_nothing_was_saved(started, capsys, words, save):
 
 def test_flags_take_dashes_underscores_and_equals(meaning):
     expected = meaning("--prompt", "a fox", "--num-gpus", "2", "--ulysses-degree", "2")
-    assert expected[0] == Config(num_gpus=2, ulysses_degree=2)
+    assert expected[0] == Config(num_gpus=2, ulysses_degree=2, tp_size=1)
     assert meaning("--prompt=a fox", "--num_gpus=2", "--ulysses_degree=2") == expected
     assert meaning("--prompt", "a fox", "--num_gpus", "2", "--sp-size", "2", "--ulysses-degree=2") == (
-        Config(num_gpus=2, ulysses_degree=2, sp_degree=2),
+        Config(num_gpus=2, ulysses_degree=2, sp_degree=2, tp_size=1),
         expected[1],
     )
 
@@ -404,8 +404,8 @@ LAYOUT_LINES = [
     ("--num-gpus 4 --enable-cfg-parallel --ulysses-degree=2", (2, 1, 2)),
     ("--num-gpus 4 --ulysses-degree=4 --ring-degree=1", (1, 1, 4)),
     ("--num-gpus 8 --cfg-parallel-size 2 --ring-degree 2", (2, 2, 2)),
-    ("--num-gpus 8", (1, 2, 4)),
-    ("--num-gpus 3", (1, 3, 1)),
+    ("--num-gpus 8 --cfg-parallel-size 1", (1, 2, 4)),
+    ("--num-gpus 3 --cfg-parallel-size 1", (1, 3, 1)),
     ("--num-gpus 3 --ulysses-degree 3", (1, 1, 3)),
     ("--num-gpus 6 --sp-degree 6", (1, 3, 2)),
 ]
@@ -423,7 +423,7 @@ def test_the_layout_fits_the_model_and_is_printed(started, capsys, line, layout)
 
 
 def test_dry_run_prints_the_plan_and_starts_nothing(started, capsys):
-    line = ["generate", "--dry-run", "--prompt", "a", "--num-gpus", "2", "--seed", "7"]
+    line = ["generate", "--dry-run", "--prompt", "a", "--num-gpus", "2", "--ulysses-degree", "2", "--seed", "7"]
     assert main(line) == 0
     out, err = capsys.readouterr()
     plan = json.loads(out)

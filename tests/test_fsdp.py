@@ -6,9 +6,11 @@ import pytest
 import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
+from structlog.testing import capture_logs
 from tiny_wan import build_tiny_wan, randomise
+from torch import nn
 
-from workers.parallel.fsdp import shard_mesh
+from workers.parallel.fsdp import shard_mesh, warn_of_kept
 
 MIB = 1 << 20
 BLOCKS = 8
@@ -107,6 +109,15 @@ def test_the_next_block_is_gathered_before_this_one_computed(heavy_reports):
         assert len(order) == 3 * 2 * BLOCKS
         for number in range(BLOCKS - 1):
             assert order.index(("gather", number + 1)) < order.index(("computed", number))
+
+
+@pytest.mark.parametrize(("name", "warned"), [("wo", True), ("norm", False)])
+def test_much_that_every_rank_has_to_keep_is_said(name, warned):
+    layers = nn.ModuleDict({"wi": nn.Linear(64, 128), "wo": nn.Linear(128, 64), "norm": nn.LayerNorm(64)}).half()
+    layers[name].float()
+    with capture_logs() as logs:
+        warn_of_kept(layers, set(layers[name].parameters()))
+    assert bool(logs) is warned
 
 
 def test_one_rank_has_nobody_to_share_with():

@@ -3,6 +3,7 @@
 import argparse
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,10 +17,10 @@ from runtime.config import Config
 from runtime.errors import InvalidInput
 from runtime.layout import Layout
 from workers.attention.backends import KERNELS, as_bias, choose
-from workers.parallel.groups import pick_backend
+from workers.parallel.groups import SOLO, pick_backend
 from workers.parallel.ring import merge, ring_attention
 from workers.parallel.sequence import SequenceParallel, SequencePlan
-from workers.parallel.yunchang_engine import yunchang_engine
+from workers.parallel.yunchang_engine import _cannot_take, yunchang_engine
 
 BOUND = 2e-6
 """Of fp32 attention against fp64; SDPA's own error is 9e-7 here."""
@@ -103,6 +104,17 @@ def test_yunchang_agrees_and_leaves_the_rest_to_us(reports, num_ranks):
             assert difference <= BOUND, name
         for name, errors in report["declined"].items():
             assert max(errors) <= BOUND, name
+
+
+def test_no_group_waits_longer_than_it_was_told(reports):
+    """torch gives a new group half an hour, whatever the process was started with."""
+    assert [report["timeout_s"] for report in reports(2)] == [60.0, 60.0]
+
+
+@pytest.mark.parametrize(("dtype", "dim", "taken"), [(torch.bfloat16, 128, True), (torch.float32, 128, False)])
+def test_yunchang_gets_only_what_flash_attention_takes(dtype, dim, taken):
+    q = SimpleNamespace(device=torch.device("cuda"), dtype=dtype, shape=(1, 64, 4, dim))
+    assert (_cannot_take(q, [64], [64], SOLO, None) is None) is taken
 
 
 def test_a_step_sends_what_the_formula_says():

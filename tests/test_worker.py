@@ -484,11 +484,29 @@ def test_only_a_shared_forward_breaks_the_group(mesh, rank, broken):
     assert isinstance(mesh.ended, GroupBroken)
 
 
+@pytest.mark.parametrize(("steps", "breaks"), [(1, False), (3, True)])
+def test_a_solver_that_fails_before_the_last_step_leaves_the_others_in_the_next(mesh, rank, steps, breaks):
+    request = rank.request("r")
+    mesh.encode(request)
+    solver = SimpleNamespace(timesteps=torch.ones(9), step=lambda *_, **__: fail())
+    rank.executor.states["r"].solver = solver
+    assert mesh.denoise(steps, "r", ranks=(0, 1), expect=ItemFailed).group_broken is breaks
+
+
 def test_a_forward_alone_breaks_nobody(mesh, rank, broken):
     mesh.encode(rank.request("r"))
     broken(rank.family.denoiser, fail)
     assert not mesh.denoise(1, "r", expect=ItemFailed).group_broken
     mesh.encode(rank.request("s"))
+
+
+def test_a_lost_gpu_ends_the_rank_though_it_was_alone(mesh, rank, broken):
+    """Every later call on the device would fail too, and the rank would look alive."""
+    mesh.encode(rank.request("r"))
+    broken(rank.family.denoiser, lambda: fail("CUDA error: an illegal memory access", torch.AcceleratorError))
+    assert mesh.denoise(1, "r", expect=ItemFailed).group_broken
+    mesh.thread.join(PATIENCE_S)
+    assert isinstance(mesh.ended, GroupBroken)
 
 
 @pytest.mark.parametrize("where", ["inputs", "solver", "encode", "decode", "unknown request"])

@@ -11,10 +11,10 @@ import sys
 import threading
 from pathlib import Path
 
-from runtime.config import Config, load_frozen
+from runtime.config import Config, fit_layout, load_frozen
 from runtime.keys import load_keys
 from runtime.log import get_logger, setup_logging
-from runtime.models.card import card_for, read_configs
+from runtime.models.card import card_for, most_branches, read_configs
 from runtime.process import die_with_parent
 from runtime.protocol import ItemFailed, Ready
 from runtime.wire import set_keys
@@ -58,6 +58,7 @@ def _serve(folder: Path, config: Config, seat: Seat, channel: WorkerChannel) -> 
     sender = FrameSender(seat.identity)
     configs = read_configs(folder)
     card = card_for(configs)
+    config = fit_layout(config, card, most_branches(card))
     try:
         executor, family, precisions = build_executor(config, folder, card, device, seat.rank, seat.generation, sender)
         measurements = measure(executor, family, card, config.layout)

@@ -82,6 +82,4 @@ def _decode(executor: Executor, family: Family, params: ResolvedParams, request_
 def _timed(executor: Executor, item: Encode | Denoise) -> float:
     started = time.monotonic()
     executor.run(item)
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
     return time.monotonic() - started

@@ -12,6 +12,8 @@ from runtime.errors import FramemeshError
 from runtime.layout import Layout, layout_for
 from runtime.models.card import Card
 from runtime.protocol import Checkpoint, Decode, Denoise, Encode, FramesChunk, Release, WorkItem
+from runtime.traffic import JOINT_TOKENS
+from workers.device import settle
 from workers.models.family import Family
 from workers.parallel.cfg import branches_of, gather_branches
 from workers.parallel.comm import ALONE, Group
@@ -23,9 +25,6 @@ from workers.state import RequestState
 
 SendFrames = Callable[[str, FramesChunk, torch.Tensor], None]
 """(gateway endpoint, header, uint8 pixels)."""
-
-JOINT_TOKENS = 32_768
-"""Guidance branches share one forward up to this many tokens in all: beyond it batching wins no speed, only memory."""
 
 
 class Executor:
@@ -45,11 +44,13 @@ class Executor:
         self.previews: Previews | None = None
         """Likewise what shows unfinished requests."""
         self.in_collectives = False
-        """After an error: it was raised between collectives, in which other ranks may wait for this one."""
+        """After an error: other ranks may wait for this one, in a collective of the item that has not ended."""
         self.sharded = False
         """Encoders work together with other ranks, in every forward: weights are gathered, or layers shared."""
         self.decode_group: Group = ALONE
         """With whom this rank decodes when an item names several ranks."""
+        self.joint_tokens = JOINT_TOKENS
+        """Guidance branches share a forward up to this many tokens in all."""
         self._family = family
         self._card = card
         self._sequence = sequence
@@ -84,6 +85,7 @@ class Executor:
         since = time.monotonic()
         with self._collectives(self.sharded):
             embeddings = self._family.encode(item.requests)
+            settle(self._family.device)
         states: dict[str, RequestState] = {}
         for request, embedding in zip(item.requests, embeddings, strict=True):
             generator = torch.Generator("cpu").manual_seed(request.params.seed)
@@ -102,7 +104,10 @@ class Executor:
         states = [self.states[request_id] for request_id in item.request_ids]
         for left in range(item.steps, 0, -1):
             with self._showing(item) if left == 1 else nullcontext():
-                self.step(states, item.layout)
+                self.step(states, item.layout, last=left == 1)
+        # Collectives too have only been queued: whoever does not come is noticed here.
+        with self._collectives(len(item.ranks) > 1):
+            settle(self._family.device)
         for state in states:
             state.spend("denoise", since)
 
@@ -121,8 +126,14 @@ class Executor:
                 self.previews.show(state, to)
             state.foresight = state.foreseen = None
 
-    def step(self, states: list[RequestState], layout: Layout) -> None:
-        """One denoising step of a batch: inputs -> forward -> guidance and solver, each request on its own schedule."""
+    def step(self, states: list[RequestState], layout: Layout, *, last: bool = True) -> None:
+        """One denoising step of a batch: inputs -> forward -> guidance and solver, each request on its own schedule.
+
+        Args:
+            states: of requests that share a batch key.
+            layout: of the item's ranks.
+            last: no step of the same item follows.
+        """
         branches = self._card.branches(states[0].params, states[0].step)
         # A step may need fewer branches than the item's layout has groups for them.
         groups = self._groups[layout_for(layout, len(branches), self._card)]
@@ -130,20 +141,23 @@ class Executor:
         with self._sequence.over(groups):
             for together in self._forwards(states, branches_of(branches, groups.cfg), groups):
                 inputs = self._family.inputs(states, together)
-                with self._collectives(True):
+                with self._collectives(True, last=False):
                     output = self._family.denoiser(**inputs)[0]
                 mine |= dict(zip(together, output.split(len(states)), strict=True))
-        with self._collectives(groups.cfg.size > 1):
+        with self._collectives(groups.cfg.size > 1, last=last):
             predictions = gather_branches(mine, branches, groups.cfg)
         for row, state in enumerate(states):
             self._family.advance(state, {branch: rows[row : row + 1] for branch, rows in predictions.items()})
 
     @contextmanager
-    def _collectives(self, takes_part: bool) -> Iterator[None]:
-        """What runs inside may wait for other ranks, and they for this one; an error leaves the mark."""
-        self.in_collectives = takes_part
+    def _collectives(self, takes_part: bool, *, last: bool = True) -> Iterator[None]:
+        """What runs inside may wait for other ranks, and they for this one.
+
+        The mark stays until the item's last collective: whoever fails alone between two leaves the others in the next.
+        """
+        self.in_collectives |= takes_part
         yield
-        self.in_collectives = False
+        self.in_collectives &= not last
 
     def _forwards(self, states: list[RequestState], branches: tuple[str, ...], groups: Groups) -> list[tuple[str, ...]]:
         """Which branches share a forward; decided from sizes alone, so that every rank and every run agree.
@@ -151,17 +165,19 @@ class Executor:
         With guidance groups each branch runs alone, as it does without them above the limit: equal to the bit.
         """
         tokens = self._card.tokens(states[0].params) * len(states) * len(branches)
-        together = groups.cfg.size == 1 and tokens <= JOINT_TOKENS
+        together = groups.cfg.size == 1 and tokens <= self.joint_tokens
         return [branches] if together else [(branch,) for branch in branches]
 
     def _decode(self, item: Decode) -> None:
         state = self.states[item.request_id]
         group = self.decode_group if len(item.ranks) > 1 else ALONE
         decoder = self._open_decoder(state, item.first_chunk, group)
-        for chunk in range(item.first_chunk, item.first_chunk + item.chunks):
+        end = item.first_chunk + item.chunks
+        for chunk in range(item.first_chunk, end):
             since = time.monotonic()
-            with self._collectives(group.size > 1):
+            with self._collectives(group.size > 1, last=chunk == end - 1):
                 frames = next(decoder)
+                settle(self._family.device)
             state.spend("decode", since)
             count, height, width, _ = frames.shape
             header = FramesChunk(

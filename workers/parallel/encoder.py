@@ -16,10 +16,10 @@ from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from workers.parallel.comm import Group
+from workers.parallel.groups import new_group
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def tensor_group(num_ranks: int, tp: int, rank: int, *, staged: bool = False) ->
         return None
     mine: Group | None = None
     for start in range(0, num_ranks, tp):
-        process_group = dist.new_group(list(range(start, start + tp)))
+        process_group = new_group(range(start, start + tp))
         if start <= rank < start + tp:
             mine = Group(tp, rank - start, process_group, staged)
     return mine

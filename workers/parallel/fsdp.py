@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 from itertools import pairwise
 
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -22,9 +21,13 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from runtime.log import get_logger
+from workers.parallel.groups import new_group
 
 REPORT_AFTER = 10
 """Forwards after which a sharded module says what it holds: as much as after loading, or something stays gathered."""
+
+KEPT_SHARE = 0.1
+"""Share of a module's weights that may stay whole on every rank without a warning."""
 
 log = get_logger("fsdp")
 
@@ -36,7 +39,7 @@ def shard_mesh(num_ranks: int, device: torch.device) -> DeviceMesh | None:
     """
     if num_ranks == 1:
         return None
-    return DeviceMesh.from_group(dist.new_group(list(range(num_ranks))), device.type)
+    return DeviceMesh.from_group(new_group(range(num_ranks)), device.type)
 
 
 def shard(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -46,6 +49,7 @@ def shard(module: nn.Module, mesh: DeviceMesh) -> None:
     in fp32) stay whole on every rank.
     """
     kept = minor_dtype_parameters(module)
+    warn_of_kept(module, kept)
     blocks = repeated_blocks(module)
     for block in blocks:
         fully_shard(block, mesh=mesh, reshard_after_forward=True, ignored_params=kept)
@@ -77,9 +81,16 @@ def minor_dtype_parameters(module: nn.Module) -> set[nn.Parameter]:
     """The parameters of every dtype but the one that most bytes have."""
     sizes: Counter[torch.dtype] = Counter()
     for parameter in module.parameters():
-        sizes[parameter.dtype] += parameter.numel() * parameter.element_size()
+        sizes[parameter.dtype] += parameter.nbytes
     most = sizes.most_common(1)[0][0]
     return {parameter for parameter in module.parameters() if parameter.dtype != most}
+
+
+def warn_of_kept(module: nn.Module, kept: set[nn.Parameter]) -> None:
+    """T5 in fp16, for one: transformers keeps a third of every feed-forward in fp32, and no rank is spared it."""
+    share = sum(parameter.nbytes for parameter in kept) / whole_bytes([module])
+    if share > KEPT_SHARE:
+        log.warning("kept whole on every rank, for its dtype", module=type(module).__name__, share=round(share, 3))
 
 
 def local_slices(parameter: torch.Tensor) -> tuple[slice, ...]:
@@ -116,7 +127,7 @@ def resident_bytes(module: nn.Module) -> int:
 
 def whole_bytes(modules: Sequence[nn.Module]) -> int:
     """Bytes of the same weights on one rank; DTensors count with their global shape."""
-    return sum(p.numel() * p.element_size() for module in modules for p in module.parameters())
+    return sum(p.nbytes for module in modules for p in module.parameters())
 
 
 class _Report:

@@ -51,20 +51,35 @@ def pick_backend(wanted: str, device: torch.device) -> Backend:
     return "nccl" if wanted == "nccl" else "gloo" if wanted == "gloo" else "staged"
 
 
+_timeout: datetime.timedelta | None = None
+"""Of this process's collectives; None before `init_distributed`."""
+
+
 def init_distributed(backend: Backend, timeout_s: int, generation: int) -> None:
     """Join the process group that torchrun's environment describes.
 
     torchrun keeps one store over all restarts of the group; without a prefix of its own a restarted rank would read
     the addresses of dead ones.
     """
-    store, rank, num_ranks = next(rendezvous("env://", timeout=datetime.timedelta(seconds=timeout_s)))
+    global _timeout  # noqa: PLW0603  The groups that it is for are global as well.
+    _timeout = datetime.timedelta(seconds=timeout_s)
+    store, rank, num_ranks = next(rendezvous("env://", timeout=_timeout))
     dist.init_process_group(
         "nccl" if backend == "nccl" else "gloo",
         store=PrefixStore(f"generation{generation}", store),
         rank=rank,
         world_size=num_ranks,
-        timeout=datetime.timedelta(seconds=timeout_s),
+        timeout=_timeout,
     )
+
+
+def new_group(ranks: Sequence[int]) -> dist.ProcessGroup:
+    """A group whose collectives have the timeout of the process's: torch gives a new one its own default.
+
+    Every rank has to call it, members or not, in the same order as for other groups.
+    """
+    made: dist.ProcessGroup = dist.new_group(list(ranks), timeout=_timeout)
+    return made
 
 
 def make_groups(layouts: Sequence[Layout], rank: int, backend: Backend) -> dict[Layout, Groups]:
@@ -77,7 +92,7 @@ def make_groups(layouts: Sequence[Layout], rank: int, backend: Backend) -> dict[
         for axis in AXES:
             for ranks in dict.fromkeys(layout.group(axis, member) for member in range(layout.num_ranks)):
                 if len(ranks) > 1 and ranks not in made:
-                    process_group = dist.new_group(list(ranks))
+                    process_group = new_group(ranks)
                     mine = ranks.index(rank) if rank in ranks else -1
                     made[ranks] = Group(len(ranks), mine, process_group, backend == "staged")
     return {layout: Groups(**{axis: made.get(layout.group(axis, rank), ALONE) for axis in AXES}) for layout in layouts}

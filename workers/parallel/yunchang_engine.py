@@ -18,8 +18,12 @@ from runtime.errors import InvalidInput
 from runtime.log import get_logger
 from workers.attention.backends import Bias, Kernel
 from workers.parallel.comm import Group
-from workers.parallel.groups import Groups
+from workers.parallel.groups import Groups, new_group
 from workers.parallel.usp import check_shapes, usp_attention
+
+FLASH_DTYPES = (torch.float16, torch.bfloat16)
+FLASH_HEAD_DIM = 256
+"""What flash-attn takes."""
 
 log = get_logger("worker")
 
@@ -47,7 +51,7 @@ class YunchangEngine:
         self._modules: dict[int, tuple[Groups, Any]] = {}
         self._warned: set[str] = set()
         # yunchang takes a missing group for the whole world: an axis of one rank needs a real group of one.
-        singles = [dist.new_group([rank]) for rank in range(num_ranks)]
+        singles = [new_group([rank]) for rank in range(num_ranks)]
         self._single = singles[dist.get_rank()]
 
     def __call__(
@@ -62,7 +66,7 @@ class YunchangEngine:
         bias: Bias | None = None,
     ) -> torch.Tensor:
         """As `workers.parallel.usp.Engine`; the sizes are the same on all ranks, so all choose the same way."""
-        reason = _cannot_take(q.shape[2], q_sizes, kv_sizes, groups, bias)
+        reason = _cannot_take(q, q_sizes, kv_sizes, groups, bias)
         if reason is not None:
             if reason not in self._warned:
                 self._warned.add(reason)
@@ -90,8 +94,11 @@ class YunchangEngine:
 
 
 def _cannot_take(
-    heads: int, q_sizes: Sequence[int], kv_sizes: Sequence[int], groups: Groups, bias: Bias | None
+    q: torch.Tensor, q_sizes: Sequence[int], kv_sizes: Sequence[int], groups: Groups, bias: Bias | None
 ) -> str | None:
+    heads, dim = q.shape[2:]
+    if q.device.type == "cuda" and (q.dtype not in FLASH_DTYPES or dim > FLASH_HEAD_DIM):
+        return f"flash-attn on {q.dtype} with head dim {dim}"
     if bias is not None:
         return "a mask or bias"
     if len({*q_sizes}) > 1 or len({*kv_sizes}) > 1 or 0 in (*q_sizes, *kv_sizes):
