@@ -43,7 +43,7 @@ def test_whatever_happens_nothing_is_lost_repeated_or_leaked(script, setting):
 
 
 @pytest.mark.slow
-@settings(max_examples=3000, deadline=None, derandomize=True)
+@settings(max_examples=2000, deadline=None, derandomize=True)
 @given(script=scripts(ROUGH, 90), setting=SETTINGS)
 def test_nor_in_thousands_of_longer_scripts(script, setting):
     check_end(play(script, setting))
