@@ -2,6 +2,16 @@
 
 Start-time fair queuing (Goyal, Vin, Cheng, 1996): a key's clock advances by the predicted rank-seconds that it was
 given; the key that is furthest behind goes first; a key that had nothing to run comes back at the present.
+
+What that bounds (tests/test_properties.py holds it, with batches, weights, priorities, tight memory and losses):
+
+* Lag. No item goes to a key that is more than an item (`item_seconds` times ranks, over its weight) ahead of another
+  that could run instead. One exception: others may join a batch, for as many encodes as it has places, before the next
+  step of those in it, however far ahead they are.
+* Wait. From PATIENCE_S + R / AGEING seconds after its arrival a request of R predicted seconds is the first of its key,
+  whoever comes with which priority (fifo: from its arrival on). Then it waits for the work left of those that hold the
+  ranks' memory, for what its key is ahead of the others, for one more request that another key may get in before it,
+  and for its own R seconds; all that once per key that has work, and again after each loss of the workers.
 """
 
 from __future__ import annotations

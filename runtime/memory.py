@@ -25,6 +25,10 @@ class MemoryLedger:
     open decodes and the largest decode among them would still fit: so one decode can always go on, and nothing waits
     for itself. One that ran out of memory all the same, beside the states of others, is admitted when the ranks hold
     nothing, and nobody after it until it has left.
+
+    States that have to wait are not parked in the host's memory. What fills a rank is not the state but the cache of an
+    open decode, which is never moved: of Wan 2.1 14B, 81 frames, a state is 52 MiB at 480p and 94 MiB at 720p, and its
+    decode adds 4.6 and 10.5 GiB. Parking would free a percent.
     """
 
     card: Card

@@ -212,10 +212,12 @@ class Planner:
 
     def _sharing(self, first: RequestRecord, key: Hashable, waiting: Waiting) -> list[str]:
         """Keys that may share the first one's batch: those whose own first could, or they would be served past it, and
-        that are at most an item further ahead than a key that cannot and has to wait for the batch."""
+        that are at most an item further ahead than a key that has to wait for the batch: it cannot share, or is still
+        in line."""
         clocks = self.clocks
         can = [k for k in waiting if k == first.key or self._fits(waiting[k][0], key)]
-        kept_waiting = min((clocks[k] for k in waiting.keys() - set(can)), default=math.inf)
+        sharing = {k for k in can if waiting[k][0].stage is Stage.DENOISE}
+        kept_waiting = min((clocks[k] for k in waiting.keys() - sharing), default=math.inf)
         # Whoever is behind the first has no room yet; it gains if all share while it waits.
         ceiling = max(kept_waiting, clocks[first.key]) + self.item_seconds * self.predictions.layout.num_ranks
         return sorted((k for k in can if clocks[k] <= ceiling), key=lambda k: (clocks[k], k))

@@ -97,6 +97,7 @@ class Simulation:
         checkpoint_every=0,
         found=None,
         decode_on_all=False,
+        slow=1.0,
     ):
         self.cost = cost or KnownCost()
         limits = BatchLimits(max_batch)
@@ -112,6 +113,8 @@ class Simulation:
             decode_on_all=decode_on_all,
         )
         self.budget = budget
+        self.slow = slow
+        """How many times longer everything takes."""
         self.now = 0.0
         self.ranks = tuple(range(num_ranks))
         self.items = []
@@ -140,6 +143,7 @@ class Simulation:
         self.unsent: dict[int, int] = {}
         self.failed: set[int] = set()
         self.gateways: dict[bytes, Gateway] = {}
+        self.left: dict[bytes, Gateway] = {}
         self.num_joined = 0
         self.dead = False
         """The ranks died, and the scheduler has not noticed: what it sends is lost."""
@@ -154,7 +158,7 @@ class Simulation:
         self.scheduler.gateway_joined(name, endpoint_of(name), credits)
 
     def leave(self, name):
-        del self.gateways[name]
+        self.left[name] = self.gateways.pop(name)
         self.scheduler.gateway_lost(name, self.now)
         self.settle()
 
@@ -176,6 +180,8 @@ class Simulation:
             self.owner[request_id] = gateway
             self.adoptions[request_id] += 1
             self.disturbed.add(request_id)
+            # One that had it before begins again as well.
+            self.gateways[gateway].stored[request_id] = 0
         self.scheduler.submit(gateway, (Request(request_id, self.params[request_id], **terms),), self.now)
         self.settle()
 
@@ -421,7 +427,9 @@ class Simulation:
 
     def ended(self, news):
         if isinstance(news, Completed):
-            gateway = self.gateways[self.owner[news.request_id]]
+            name = self.owner[news.request_id]
+            # It may have left after its thanks, while another item of the request ran.
+            gateway = self.gateways.get(name) or self.left[name]
             assert gateway.stored[news.request_id] == self.total_chunks(news.request_id), "completed without its frames"
         if isinstance(news, Failed) and news.code == "worker_lost":
             assert self.lost_with[news.request_id] == 3
@@ -434,11 +442,13 @@ class Simulation:
     def seconds_of(self, item):
         match item:
             case Encode():
-                return SECONDS["encode"] * len({request.params.prompt for request in item.requests})
+                seconds = SECONDS["encode"] * len({request.params.prompt for request in item.requests})
             case Denoise():
                 growth = getattr(self.cost, "growth", 1.0)
-                return SECONDS["denoise"] * item.steps * (1 + growth * (len(item.request_ids) - 1))
-        return SECONDS["decode"] * item.chunks
+                seconds = SECONDS["denoise"] * item.steps * (1 + growth * (len(item.request_ids) - 1))
+            case _:
+                seconds = SECONDS["decode"] * item.chunks
+        return seconds * self.slow
 
     # -- time --
 

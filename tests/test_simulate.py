@@ -132,7 +132,8 @@ def test_alone_a_request_takes_its_items_and_their_gaps():
 
 
 @pytest.mark.parametrize("policy", ["fifo", "srpt", "static-batch"])
-def test_no_rank_idles_while_work_waits(policy):
+def test_the_mesh_never_stands_still_while_work_waits(policy):
+    """Single ranks may: those that are due for an item on all of them."""
     trace = MIX.trace(1000.0, 5, 60)
     outcome = simulate(trace, policy, SETUP)
     assert outcome.stalled_s == 0
