@@ -25,7 +25,7 @@ check: $(VENV)/.test  ## style and types
 screenshots: $(VENV)/.test  ## the README's pictures of the playground, from the demo model on two ranks
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python tests/screenshots.py
 
-parity: $(VENV)/.test  ## every family, layout and batching against diffusers; docs/parity.md (about 10 minutes)
+parity: $(VENV)/.test  ## every family, layout and batching against diffusers; docs/parity.md (about 7 minutes)
 	PYTHONPATH=. OMP_NUM_THREADS=1 $(BIN)/python tests/parity_page.py $(ARGS)
 
 bench: $(VENV)/.test  ## the figures of bench/results/, measured again (about 10 minutes on a quiet machine)
@@ -43,7 +43,7 @@ bench-serving: $(VENV)/.test  ## every policy and a naive diffusers server on th
 	$(BIN)/python -m bench.serving
 	$(BIN)/python -m bench.validate
 
-chaos: $(VENV)/.test  ## every process killed and suspended in every phase under load (about 10 minutes)
+chaos: $(VENV)/.test  ## every process killed and suspended in every phase under load (about 7 minutes)
 	$(BIN)/python -m bench.chaos
 
 soak: $(VENV)/.test  ## 20 minutes of load with a kill every half minute
