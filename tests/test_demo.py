@@ -1,14 +1,17 @@
 """The demo's world, its judge and its training: what is drawn is found again, and every stage goes on where it was."""
 
+import itertools
 import json
 import random
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import av
+import numpy as np
 import pytest
 import torch
 from diffusers import WanPipeline
+from PIL import Image
 
 from workers.demo import evaluate, train
 from workers.demo.data import (
@@ -22,8 +25,9 @@ from workers.demo.data import (
     parse,
     render,
     training_scene,
+    without_motion,
 )
-from workers.demo.denoise import CountedText, DenoiserLoss
+from workers.demo.denoise import CountedText, DenoiserLoss, _sigmas
 from workers.demo.evaluate import to_bytes
 from workers.demo.judge import judge
 from workers.demo.trainer import Schedule, Trainer
@@ -71,6 +75,17 @@ def test_what_is_not_said_is_still_and_on_black():
         parse("a square")
 
 
+def test_a_picture_is_asked_for_without_a_motion():
+    assert without_motion("A big red ball is moving to the left on a blue background.") == (
+        "A big red ball on a blue background."
+    )
+    rng = random.Random(1)
+    for index in range(200):
+        scene = training_scene(1, index)
+        still = parse(without_motion(describe(scene, rng)))
+        assert still == replace(parse(describe(scene, rng)), motion="still")
+
+
 def test_a_shape_stays_inside_the_frame():
     for index in range(40):
         video = render([training_scene(2, index)], 9, 64, 64)[0]
@@ -101,7 +116,11 @@ def test_the_judge_reads_other_sizes(motion: str, size: dict[str, int]):
 def test_one_frame_shows_no_motion_and_so_none_is_wrong():
     verdict = judge(drawn(SCENE, frames=1))
     assert (verdict.shape, verdict.motion) == ("star", "unseen")
-    assert evaluate.Judged("", SCENE, verdict).all_right
+    judged = evaluate.Judged("", SCENE, verdict)
+    assert judged.all_right
+    assert evaluate.table({"still": [judged]}).endswith(
+        f"| 100.0 | 100.0 | 100.0 | - | 100.0 | {verdict.outline * 100:.1f} |"
+    )
 
 
 def test_the_judge_sees_a_wrong_colour_shape_background_and_motion():
@@ -129,6 +148,24 @@ def test_videos_are_judged_by_the_prompt_they_carry(tmp_path: Path):
         evaluate.judge_folder(tmp_path)
 
 
+def test_settings_stand_side_by_side_with_the_same_seeds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    report, sheet = tmp_path / "report.md", tmp_path / "sheet.png"
+    asked = "a red circle moving right"
+    options = ["--ask", asked, "--guidance", "1", "5", "--steps", "1", "2", "--drawn", "1", "--reconstructions", "1"]
+    monkeypatch.setattr("sys.argv", ["evaluate", *options, "--output", str(report), "--sheet", str(sheet)])
+    evaluate.main()
+    lines = report.read_text().splitlines()
+    assert [line.split("|")[1].strip() for line in lines[4:8]] == [
+        f"{steps} steps, guidance {guidance}" for steps in (1, 2) for guidance in (1, 5)
+    ]
+    strips = torch.from_numpy(np.array(Image.open(sheet))).split(5 * 64, dim=1)
+    assert len(strips) == 4
+    assert not any(torch.equal(one, other) for one, other in itertools.combinations(strips, 2))
+    pipeline = evaluate.load_pipeline(evaluate.SHIPPED, torch.device("cpu"))
+    (alone,) = evaluate.generate(pipeline, [asked], evaluate.Setting(steps=2, guidance=5))
+    assert torch.equal(torch.cat([*alone[::4]], dim=1), strips[3])
+
+
 def write_video(path: Path, video: torch.Tensor, about: dict[str, str]) -> None:
     with av.open(path, "w") as container:
         container.metadata["comment"] = json.dumps(about)
@@ -144,6 +181,17 @@ def test_a_table_has_a_row_per_kind_of_clip():
     assert lines[0].split("|")[3:7] == [f" {name} " for name in ATTRIBUTES]
     assert lines[2].startswith("| drawn | 3 | 100.0 |")
     assert "taken for" in evaluate.breakdown(rows)
+
+
+def test_settings_are_compared_prompt_by_prompt():
+    right = evaluate.Judged("", SCENE, judge(drawn(SCENE)))
+    wrong = evaluate.Judged("", replace(SCENE, colour="red"), right.found)
+    base, other = [right, wrong, wrong, right], [right, right, right, wrong]
+    assert evaluate.paired({"a": base, "b": other}).splitlines() == [
+        "| against a | only here right | only there right |",
+        "|---|---|---|",
+        "| b | 2 | 1 |",
+    ]
 
 
 TINY = train.Recipe(
@@ -170,7 +218,7 @@ def test_all_stages_make_a_folder_that_diffusers_loads(tmp_path: Path, capsys: p
     pipeline = WanPipeline.from_pretrained(shop.out, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     prompts = [prompt for prompt, _ in held_out_prompts(2)]
-    videos = list(evaluate.generate(pipeline, prompts, steps=2, guidance=3.0, size=(5, 16, 16)))
+    videos = list(evaluate.generate(pipeline, prompts, evaluate.Setting((5, 16, 16), steps=2)))
     assert [video.shape for video in videos] == [(5, 16, 16, 3)] * 2
     assert json.loads((shop.out / "framemesh.json").read_text())["defaults"]["num_frames"] == 5
     assert not any(str(tmp_path) in path.read_text() for path in shop.out.rglob("*.json"))
@@ -182,6 +230,13 @@ def test_all_stages_make_a_folder_that_diffusers_loads(tmp_path: Path, capsys: p
     train.train_vae(other)
     with pytest.raises(ValueError, match="another VAE encoder"):
         train.make_latents(other)
+
+
+def test_small_sigmas_are_trained_on_too():
+    generator = torch.Generator().manual_seed(0)
+    sigmas = torch.cat([_sigmas(32, generator) for _ in range(500)])
+    even, shifted = 0.1, 0.1 / (3 - 2 * 0.1)
+    assert float((sigmas < 0.1).float().mean()) == pytest.approx(even / 4 + shifted * 3 / 4, rel=0.03)
 
 
 def test_a_stopped_run_ends_where_an_uninterrupted_one_does(tmp_path: Path):

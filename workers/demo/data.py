@@ -184,6 +184,12 @@ def parse(prompt: str) -> Attributes:
     )
 
 
+def without_motion(prompt: str) -> str:
+    """The prompt as one would ask for a picture: what it says about motion is left out."""
+    phrases = sorted(itertools.chain(*MOTION_WORDS.values()), key=len, reverse=True)
+    return re.sub(rf",?( is)? ({'|'.join(phrases)})\b", "", prompt, flags=re.IGNORECASE)
+
+
 def _find(text: str, words: dict[str, tuple[str, ...]]) -> str | None:
     """The name whose longest phrase is in the text."""
     found = [(len(word), name) for name, group in words.items() for word in group if re.search(rf"\b{word}\b", text)]

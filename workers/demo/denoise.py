@@ -142,9 +142,13 @@ class DenoiserLoss(nn.Module):
 
 
 def _sigmas(count: int, generator: torch.Generator) -> torch.Tensor:
-    """One per clip, spread evenly and then shifted as the sampler's steps are (flow_shift 3)."""
+    """One per clip, spread evenly and then shifted as the sampler's steps are (flow_shift 3).
+
+    Every fourth is not shifted, or little would be learnt of the small sigmas of runs with many steps.
+    """
     even = (torch.randperm(count, generator=generator) + torch.rand(count, generator=generator)) / count
-    return 3 * even / (1 + 2 * even)
+    shift = torch.where(torch.arange(count) % 4 == 0, 1, 3)
+    return shift * even / (1 + (shift - 1) * even)
 
 
 def _weight(latents: torch.Tensor, sigma: torch.Tensor) -> torch.Tensor:

@@ -1,15 +1,19 @@
 """Puts a model's adherence to its prompts into a table: what the judge sees against what was asked.
 
-    python -m workers.demo.evaluate --folder workers/demo/model --guidance 3 --steps 20 --output table.md
+    python -m workers.demo.evaluate --folder workers/demo/model --output table.md
+    python -m workers.demo.evaluate --guidance 1 3 5 --sheet guidance.png
+    python -m workers.demo.evaluate --size 17 64 64 --size 17 96 96 --size 1 64 64
     python -m workers.demo.evaluate --videos served/
 
-The judge is measured first, on drawn clips (it must find at least 99 % right) and on the VAE's reconstructions of them.
+Several values of an option are compared with each other: the same prompts, the same seeds. The judge is measured
+first, on drawn clips (it must find at least 99 % right) and on the VAE's reconstructions of them.
 MP4s made elsewhere carry their prompt as JSON in the container's comment, as the gateway writes it.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import time
@@ -24,7 +28,16 @@ from av.video.reformatter import ColorRange, Colorspace
 from diffusers import WanPipeline
 from PIL import Image
 
-from workers.demo.data import ATTRIBUTES, Attributes, Scene, held_out_prompts, parse, render, sample_scene
+from workers.demo.data import (
+    ATTRIBUTES,
+    Attributes,
+    Scene,
+    held_out_prompts,
+    parse,
+    render,
+    sample_scene,
+    without_motion,
+)
 from workers.demo.judge import UNSEEN, Verdict, judge
 
 SHIPPED = Path(__file__).parent / "model"
@@ -32,6 +45,20 @@ SIZE = (17, 64, 64)
 BATCH = 16
 FIRST_SEED = 1000
 """Prompt number i is sampled with seed FIRST_SEED + i, whatever the batch."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How clips are sampled; size is frames, height, width."""
+
+    size: tuple[int, int, int] = SIZE
+    steps: int = 20
+    guidance: float = 3.0
+
+    def __str__(self) -> str:
+        frames, height, width = self.size
+        sampled = f"{self.steps} steps, guidance {self.guidance:g}"
+        return sampled if self.size == SIZE else f"{width}x{height}, {frames} frames, {sampled}"
 
 
 @dataclass(frozen=True)
@@ -64,11 +91,9 @@ def load_pipeline(folder: Path, device: torch.device) -> Any:
     return pipeline
 
 
-def generate(
-    pipeline: Any, prompts: Sequence[str], steps: int, guidance: float, size: tuple[int, int, int] = SIZE
-) -> Iterator[torch.Tensor]:
+def generate(pipeline: Any, prompts: Sequence[str], setting: Setting) -> Iterator[torch.Tensor]:
     """One video (T, H, W, 3) uint8 per prompt."""
-    frames, height, width = size
+    frames, height, width = setting.size
     for start in range(0, len(prompts), BATCH):
         part = list(prompts[start : start + BATCH])
         seeds = range(FIRST_SEED + start, FIRST_SEED + start + len(part))
@@ -78,8 +103,8 @@ def generate(
             height=height,
             width=width,
             num_frames=frames,
-            num_inference_steps=steps,
-            guidance_scale=guidance,
+            num_inference_steps=setting.steps,
+            guidance_scale=setting.guidance,
             generator=[torch.Generator().manual_seed(seed) for seed in seeds],
             output_type="np",
         ).frames
@@ -135,11 +160,11 @@ def read_video(path: Path) -> tuple[str, torch.Tensor]:
 
 
 def table(rows: dict[str, list[Judged]]) -> str:
-    """Markdown: percent right per attribute, and the mean overlap with the ideal outline."""
+    """Markdown: percent right per attribute ("-" where nothing can show it), mean overlap with the ideal outline."""
     head = ("", "clips", *ATTRIBUTES, "all four", "outline")
     lines = [head, ("---",) * len(head)]
     for name, judged in rows.items():
-        right = [_percent([row.right(attribute) for row in judged]) for attribute in ATTRIBUTES]
+        right = [_share(judged, attribute) for attribute in ATTRIBUTES]
         outline = sum(row.found.outline for row in judged) / max(len(judged), 1)
         lines.append(
             (name, str(len(judged)), *right, _percent([row.all_right for row in judged]), f"{outline * 100:.1f}")
@@ -147,13 +172,28 @@ def table(rows: dict[str, list[Judged]]) -> str:
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
 
 
+def _share(judged: list[Judged], attribute: str) -> str:
+    shown = [row.right(attribute) for row in judged if getattr(row.found, attribute) != UNSEEN]
+    return _percent(shown) if shown else "-"
+
+
+def paired(rows: dict[str, list[Judged]]) -> str:
+    """Markdown: on how many of the same prompts a row is wholly right where the first row is not, and the reverse."""
+    (first, base), *others = rows.items()
+    lines = [f"| against {first} | only here right | only there right |", "|---|---|---|"]
+    for name, judged in others:
+        both = [(row.all_right, other.all_right) for row, other in zip(judged, base, strict=True)]
+        lines.append(f"| {name} | {both.count((True, False))} | {both.count((False, True))} |")
+    return "\n".join(lines)
+
+
 def breakdown(judged: list[Judged]) -> str:
     """Markdown: right ones of each kind of shape and motion, and what the wrong ones were taken for."""
     lines = ["| asked | right | taken for |", "|---|---|---|"]
     for attribute in ("shape", "motion"):
-        names = sorted({getattr(row.wanted, attribute) for row in judged})
-        for name in names:
-            found = [getattr(row.found, attribute) for row in judged if getattr(row.wanted, attribute) == name]
+        shown = [row for row in judged if getattr(row.found, attribute) != UNSEEN]
+        for name in sorted({getattr(row.wanted, attribute) for row in shown}):
+            found = [getattr(row.found, attribute) for row in shown if getattr(row.wanted, attribute) == name]
             wrong = sorted({other for other in found if other != name}, key=lambda other: -found.count(other))
             taken = ", ".join(f"{found.count(other)} {other}" for other in wrong)
             lines.append(f"| {name} | {found.count(name)}/{len(found)} | {taken} |")
@@ -199,7 +239,8 @@ def _percent(right: list[bool]) -> str:
     return f"{100 * sum(right) / max(len(right), 1):.1f}"
 
 
-def _report(args: argparse.Namespace, say: Callable[[str], None]) -> list[torch.Tensor]:
+def _report(args: argparse.Namespace, say: Callable[[str], None]) -> list[list[torch.Tensor]]:
+    """The videos of each setting."""
     drawn = judge_drawn(args.drawn)
     if sum(row.all_right for row in drawn) < 0.99 * len(drawn):
         raise SystemExit(f"the judge itself is wrong about drawn clips:\n\n{breakdown(drawn)}")
@@ -208,24 +249,40 @@ def _report(args: argparse.Namespace, say: Callable[[str], None]) -> list[torch.
         served, videos = judge_folder(args.videos)
         say(table(rows | {f"{args.videos.name}/": served}))
         say(breakdown(served))
-        return videos
+        return [videos]
     device = torch.device(args.device if args.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu")
     pipeline = load_pipeline(args.folder, device)
     rows["VAE reconstructions"], noise = judge_reconstructed(pipeline.vae, args.reconstructions)
     asked: list[tuple[str, Attributes]] = [(prompt, parse(prompt)) for prompt in args.ask or ()]
     asked = asked or [*held_out_prompts(args.prompts, args.seed)]
+    settings = [
+        Setting(tuple(s), *how) for s, *how in itertools.product(args.size or [SIZE], args.steps, args.guidance)
+    ]
     began = time.monotonic()
-    videos = list(generate(pipeline, [prompt for prompt, _ in asked], args.steps, args.guidance, tuple(args.size)))
-    seconds = (time.monotonic() - began) / len(videos)
-    made = [Judged(prompt, scene, judge(video)) for (prompt, scene), video in zip(asked, videos, strict=True)]
-    rows[f"{args.steps} steps, guidance {args.guidance:g}"] = made
-    say(table(rows))
+    made = [_sampled(pipeline, asked, setting) for setting in settings]
+    seconds = (time.monotonic() - began) / sum(len(videos) for _, videos in made)
+    compared = {str(setting): judged for setting, (judged, _) in zip(settings, made, strict=True)}
+    say(table(rows | compared))
+    if len(compared) > 1:
+        say(paired(compared))
     say(
         f"VAE: {noise.mean():.1f} dB PSNR on average, {noise.min():.1f} dB at worst ({len(noise)} clips). "
         f"{seconds:.2f} s per clip in batches of {BATCH}."
     )
-    say(breakdown(made))
-    return videos
+    for name, judged in compared.items():
+        say(f"{name}:\n\n{breakdown(judged)}")
+    return [videos for _, videos in made]
+
+
+def _sampled(
+    pipeline: Any, asked: list[tuple[str, Attributes]], setting: Setting
+) -> tuple[list[Judged], list[torch.Tensor]]:
+    """One frame is asked for without a motion."""
+    still = setting.size[0] == 1
+    prompts = [without_motion(prompt) if still else prompt for prompt, _ in asked]
+    videos = list(generate(pipeline, prompts, setting))
+    judged = [Judged(p, scene, judge(v)) for p, (_, scene), v in zip(prompts, asked, videos, strict=True)]
+    return judged, videos
 
 
 def main() -> None:
@@ -234,29 +291,41 @@ def main() -> None:
         "--folder", type=Path, default=SHIPPED, help="a WanPipeline folder; the shipped one if not said"
     )
     parser.add_argument("--videos", type=Path, help="judge the MP4s in this folder instead of making any")
-    parser.add_argument("--guidance", type=float, default=3.0)
-    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--guidance", type=float, nargs="+", default=[3.0])
+    parser.add_argument("--steps", type=int, nargs="+", default=[20])
+    parser.add_argument(
+        "--size",
+        type=int,
+        nargs=3,
+        action="append",
+        metavar=("FRAMES", "HEIGHT", "WIDTH"),
+        help="may be said several times; one frame is asked for without a motion",
+    )
     parser.add_argument("--prompts", type=int, default=160)
     parser.add_argument("--seed", type=int, default=77, help="of the list of held-out prompts")
     parser.add_argument("--ask", action="append", metavar="PROMPT", help="your own instead; may be said several times")
-    parser.add_argument("--size", type=int, nargs=3, default=SIZE, metavar=("FRAMES", "HEIGHT", "WIDTH"))
     parser.add_argument("--drawn", type=int, default=200, help="drawn clips that the judge itself is measured on")
     parser.add_argument("--reconstructions", type=int, default=96)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, help="write the report into this file, too")
-    parser.add_argument("--sheet", type=Path, help="write a contact sheet (PNG) of the first 60 clips")
+    parser.add_argument("--sheet", type=Path, help="a contact sheet (PNG) of the first clips; settings are columns")
     parser.add_argument("--gif", type=Path, help="write the first 8 clips as one looping GIF")
     args = parser.parse_args()
+    if (args.sheet or args.gif) and len(args.size or ()) > 1:
+        parser.error("--sheet and --gif show clips of one --size")
     report: list[str] = []
     videos = _report(args, report.append)
     text = "\n\n".join(report) + "\n"
     print(text)
     if args.output:
         args.output.write_text(text)
+    # zip, then chain: the clips of one prompt stand side by side.
+    shown = list(itertools.chain(*zip(*videos, strict=True)))
+    columns = len(videos) if len(videos) > 1 else 3
     if args.sheet:
-        contact_sheet(videos[:60], args.sheet)
+        contact_sheet(shown[: 20 * columns], args.sheet, columns=columns)
     if args.gif:
-        animation(videos[:8], args.gif)
+        animation(shown[:8], args.gif)
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from workers.demo.data import DIRECTIONS, Scene, describe, held_out_prompts, render, training_scene
 from workers.demo.denoise import WORDS, Batch, DenoiserLoss, WordsHead
-from workers.demo.evaluate import contact_sheet, generate, to_bytes
+from workers.demo.evaluate import Setting, contact_sheet, generate, to_bytes
 from workers.demo.trainer import Losses, Schedule, Trainer, save_atomically
 
 Size = tuple[int, int, int]
@@ -76,12 +76,15 @@ class Recipe:
     """How much of the training each size gets."""
     emphasis: dict[str, float] = field(
         default_factory=lambda: (
-            {"circle": 0.4, "triangle": 0.7, "square": 0.8}
-            | dict.fromkeys(DIRECTIONS, 0.5)
-            | dict.fromkeys(("still", "growing", "shrinking"), 0.7)
+            {"circle": 0.35, "triangle": 0.6, "square": 0.8}
+            | dict.fromkeys(DIRECTIONS, 0.2)
+            | dict.fromkeys(("still", "growing", "shrinking"), 0.25)
         )
     )
-    """How often the transformer sees what is easy; what is not named is hard and counts 1."""
+    """How often the transformer sees what is easy; what is not named is hard (stars, turning) and counts 1.
+
+    With these, one clip in four turns: its loss was still twice that of the other motions.
+    """
     clips: int = 16_000
     text_batch: int = 64
     pixels: int = 4 * 17 * 64 * 64
@@ -442,9 +445,8 @@ def train_transformer(shop: Workshop) -> None:
         asked = [prompt for prompt, _ in held_out_prompts(6)]
         pipeline = WanPipeline.from_pretrained(shop.out, dtype=torch.float32).to(shop.device)
         pipeline.set_progress_bar_config(disable=True)
-        contact_sheet(
-            list(generate(pipeline, asked, 10, 3.0, _main_size(shop))), shop.sheet("transformer", trainer.step)
-        )
+        videos = generate(pipeline, asked, Setting(_main_size(shop), steps=10))
+        contact_sheet(list(videos), shop.sheet("transformer", trainer.step))
 
     shop.trainer("transformer", model, on_save).run(loss)
 
