@@ -43,7 +43,7 @@ bench-serving: $(VENV)/.test  ## every policy and a naive diffusers server on th
 	$(BIN)/python -m bench.serving
 	$(BIN)/python -m bench.validate
 
-chaos: $(VENV)/.test  ## every process killed and suspended in every phase under load (about 7 minutes)
+chaos: $(VENV)/.test  ## every process killed and suspended in every phase under load (about 10 minutes)
 	$(BIN)/python -m bench.chaos
 
 soak: $(VENV)/.test  ## 20 minutes of load with a kill every half minute
