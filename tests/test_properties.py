@@ -25,7 +25,6 @@ from runtime.protocol import Cancelled, Checkpoint, Completed, Decode, Denoise, 
 from runtime.request import Stage
 from runtime.scheduler import ITEM_SECONDS
 
-
 LONG_SCRIPTS = int(os.environ.get("LONG_SCRIPTS", "200"))
 """Thousands are for a machine that has nothing else to do."""
 
