@@ -122,7 +122,7 @@ def plot(figures: dict[str, Any], path: Path) -> None:
 async def _run(count: int, requests: int) -> list[Round]:
     with tempfile.TemporaryDirectory(prefix="fmpress") as folder:
         trace = Path(folder) / "trace.jsonl"
-        config = Config(num_gpus=2, trace_path=str(trace), output_path=folder, cost_cache=folder)
+        config = Config(num_gpus=2, ulysses_degree=2, trace_path=str(trace), output_path=folder, cost_cache=folder)
         async with _mesh(config) as (supervisor, big, normal):
             ranks = [p for p in psutil.Process(supervisor.pids["workers"]).children() if "RANK" in p.environ()]
             processes = {f"rank {p.environ()['RANK']}": p for p in ranks} | {"gateways": psutil.Process()}

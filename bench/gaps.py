@@ -27,7 +27,9 @@ def main() -> None:
     where = machine()
     with tempfile.TemporaryDirectory(prefix="framemesh-") as folder:
         trace = Path(folder) / "trace.jsonl"
-        with Generator.from_pretrained("demo", num_gpus=args.ranks, trace_path=str(trace)) as generator:
+        with Generator.from_pretrained(
+            "demo", num_gpus=args.ranks, ulysses_degree=args.ranks, trace_path=str(trace)
+        ) as generator:
             generator.generate("a red circle moving right", seed=1)
             generator.generate("a red circle moving right", seed=1, num_inference_steps=args.steps)
         items = read_trace(trace)

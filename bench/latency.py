@@ -38,7 +38,7 @@ def main() -> None:
 
 
 def _compare(model: str, ranks: int, pairs: int, pipeline: Any) -> dict[str, Any]:
-    with Generator.from_pretrained(model, num_gpus=ranks, dit_precision="fp32") as generator:
+    with Generator.from_pretrained(model, num_gpus=ranks, ulysses_degree=ranks, dit_precision="fp32") as generator:
         params = generator.check(SamplingParams(prompt=PROMPT, seed=1))
         _ours(generator), _theirs(pipeline, params)
         rows = [(_ours(generator), _theirs(pipeline, params)) for _ in range(pairs)]

@@ -42,10 +42,22 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 def save(name: str, where: dict[str, Any], figures: dict[str, Any], *, variant: str = "") -> None:
     """Print the figures and write them to results/NAME.json, or to NAME_VARIANT.json."""
-    result = {"command": " ".join(["python", "-m", f"bench.{name}", *sys.argv[1:]]), "machine": where, **figures}
-    text = msgspec.json.format(msgspec.json.encode(result)).decode()
+    text = shown(name, where, figures)
     print(text)
     (RESULTS / f"{name}{variant and f'_{variant}'}.json").write_text(text + "\n")
+
+
+def shown(name: str, where: dict[str, Any], figures: dict[str, Any]) -> str:
+    """The figures as they are printed and kept."""
+    result = {"command": command(name), "machine": where, **figures}
+    return msgspec.json.format(msgspec.json.encode(result)).decode()
+
+
+def command(name: str) -> str:
+    """How to get the figures again: what runs now, which need not be the module that the result is named after."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = f"bench.{name}" if spec is None or not spec.name.startswith("bench.") else spec.name
+    return " ".join(["python", "-m", module, *sys.argv[1:]])
 
 
 def _cpu_name() -> str:

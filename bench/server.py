@@ -61,7 +61,16 @@ class Server:
         self._environment = {**(environment or {}), MARK: self._mark, "TMPDIR": str(self.temporary)}
         # A default that a flag names again would be given twice.
         files = ("--output-path", str(self.outputs), "--trace-path", str(self.trace))
-        self._flags = ("--num-gpus", "2", *files, "--cost-cache", str(folder / "costs"), *flags)
+        self._flags = (
+            "--num-gpus",
+            "2",
+            "--ulysses-degree",
+            "2",
+            *files,
+            "--cost-cache",
+            str(folder / "costs"),
+            *flags,
+        )
         self._process: subprocess.Popen[str] | None = None
         self.url = ""
 

@@ -31,6 +31,7 @@ from runtime.cost import Constants, CostModel
 from runtime.layout import Layout
 from runtime.models.card import Card, card_for, read_configs
 from runtime.models.wan import WanCard
+from runtime.predictions import Predictions, item_size
 from runtime.protocol import (
     Cancelled,
     Completed,
@@ -43,8 +44,9 @@ from runtime.protocol import (
     WorkItem,
 )
 from runtime.request import RequestRecord
+from runtime.running import Running
 from runtime.sampling import ResolvedParams
-from runtime.scheduler import Running, Scheduler
+from runtime.scheduler import Scheduler
 
 HOME = Path(__file__).parent
 GATEWAY = b"gateway"
@@ -131,13 +133,13 @@ class Truth:
     computed: int = 0
 
     def __post_init__(self) -> None:
-        self._model = CostModel(self.card, copy.deepcopy(self.costs.learnt))
+        self._model = Predictions(CostModel(self.card, copy.deepcopy(self.costs.learnt)), self.card, self.layout)
 
     def seconds(self, kind: str, params: ResolvedParams, units: int, batch: int = 1, first: bool = False) -> float:
         unit = self.costs.units.get(unit_key(kind, params, self.layout.num_ranks, batch, first))
         if unit is None:
             self.computed += 1
-            unit = Unit(self._model.predict("first_decode" if first else kind, params, self.layout, batch))
+            unit = Unit(self._model.unit("first_decode" if first else kind, params, batch))
         else:
             self.looked_up += 1
         return units * unit.seconds * self._jitter(unit.cv if self.cv is None else self.cv)
@@ -340,6 +342,8 @@ class Outcome:
     busy_rank_s: float = 0.0
     ranks: int = 1
     items: int = 0
+    preemptions: int = 0
+    """Times that a request with steps left was not in its replica's next denoising item."""
     stalled_s: float = 0.0
     """Sum over replicas: requests were there and no item ran."""
     plan_s: list[float] = field(default_factory=list)
@@ -357,6 +361,9 @@ class _Replica:
         self.requests: dict[str, ResolvedParams] = {}
         self.chunks: dict[str, int] = defaultdict(int)
         self.running: dict[int, tuple[WorkItem, float]] = {}
+        self.steps_left: dict[str, int] = {}
+        self.last_batch: tuple[str, ...] = ()
+        """Of the latest denoising item."""
         self.backlog_s = 0.0
         self.stalled_since: float | None = None
         policy.gateway_joined(GATEWAY, "", CREDITS)
@@ -366,7 +373,7 @@ class _Replica:
         """What the ranks will take."""
         match item:
             case Encode():
-                return self.truth.seconds("encode", item.requests[0].params, len(item.requests))
+                return self.truth.seconds("encode", item.requests[0].params, item_size(item)[1])
             case Denoise():
                 params = self.requests[item.request_ids[0]]
                 return self.truth.seconds("denoise", params, item.steps, len(item.request_ids))
@@ -375,6 +382,15 @@ class _Replica:
                 first = self.truth.seconds("decode", params, 1, first=True) if done == 0 else 0.0
                 rest = item.chunks - (done == 0)
                 return first + (self.truth.seconds("decode", params, rest) if rest else 0.0)
+
+    def denoise(self, item: Denoise) -> int:
+        """Count an item's steps; returns how many of the last batch are put off by it."""
+        put_off = [name for name in self.last_batch if name not in item.request_ids and self.steps_left.get(name)]
+        for name in item.request_ids:
+            left = self.steps_left.get(name, self.requests[name].num_inference_steps)
+            self.steps_left[name] = left - item.steps
+        self.last_batch = item.request_ids
+        return len(put_off)
 
     def finish(self, item: Encode | Denoise | Decode, seconds: float, now: float) -> None:
         """Every rank reports; the gateway has consumed the chunks by then."""
@@ -402,8 +418,7 @@ class Simulation:
         layout = setup.layout(card)
         self._truth = Truth(setup.costs, card, layout, random.Random(seed), setup.cv)
         believed = setup.costs.start if setup.as_measured and setup.costs.start else setup.costs.learnt
-        self._judge = CostModel(card, copy.deepcopy(believed))
-        self._layout = layout
+        self._judge = Predictions(CostModel(card, copy.deepcopy(believed)), card, layout)
         self._replicas = [
             _Replica(make(card, layout, CostModel(card, copy.deepcopy(believed))), self._truth)
             for _ in range(setup.replicas)
@@ -477,11 +492,14 @@ class Simulation:
         replica.running[item.seq] = (item, seconds)
         self.outcome.items += 1
         self.outcome.busy_rank_s += seconds * len(item.ranks)
+        if isinstance(item, Denoise):
+            self.outcome.preemptions += replica.denoise(item)
         self._push(now + self._setup.gap + seconds, index, item)
 
     def _end(self, replica: _Replica, news: Completed | Failed | Cancelled, now: float) -> None:
         arrival, _ = self._open.pop(news.request_id)
         replica.backlog_s -= self._work(arrival, replica.requests.pop(news.request_id))
+        replica.steps_left.pop(news.request_id, None)
         seconds = now + self._setup.costs.deliver_s - arrival.arrival_s
         self.outcome.makespan_s = now
         self.outcome.ended.append(Ended(arrival, seconds, isinstance(news, Completed)))
@@ -501,7 +519,7 @@ class Simulation:
                 "decode": len(self._truth.card.decode_chunks(params)) - 1,
             }
             self._work_cache[arrival.group] = sum(
-                count * self._judge.predict(kind, params, self._layout) for kind, count in units.items()
+                count * self._judge.unit(kind, params) for kind, count in units.items()
             )
         return self._work_cache[arrival.group]
 
@@ -559,6 +577,7 @@ def summarize(outcome: Outcome, alone: Alone, slo_scale: float) -> dict[str, Any
         "makespan_s": outcome.makespan_s,
         "rank_s_per_request": outcome.busy_rank_s / len(outcome.ended),
         "idle_share": 1 - outcome.busy_rank_s / total if total else 0.0,
+        "preemptions_per_request": outcome.preemptions / len(outcome.ended),
         "stalled_s": outcome.stalled_s,
         "items": outcome.items,
         "from_table": outcome.from_table,
@@ -578,6 +597,7 @@ def _latencies(ended: Iterable[Ended], alone: Alone, slo_scale: float) -> dict[s
         "mean_s": statistics.fmean(seconds),
         "p50_s": quantile(seconds, 0.5),
         "p90_s": quantile(seconds, 0.9),
+        "p95_s": quantile(seconds, 0.95),
         "p99_s": quantile(seconds, 0.99),
         "mean_slowdown": statistics.fmean(slowdown),
         "slo": statistics.fmean([_in_time(one, alone, slo_scale) for one in ended]),
@@ -703,20 +723,21 @@ class RecordingScheduler(Scheduler):
 
     def _row(self, running: Running, records: list[RequestRecord], now: float) -> ItemDone:
         item = running.item
-        units = {Encode: len(records), Denoise: getattr(item, "steps", 0), Decode: getattr(item, "chunks", 0)}
+        units = item_size(item)[1]
         first = isinstance(item, Decode) and bool(records) and records[0].chunk == 0
         ids = tuple(record.id for record in records)
         kind = type(item).__name__.lower()
-        return ItemDone(kind, ids, units[type(item)], first, len(item.ranks), running.seconds, running.started, now)
+        return ItemDone(kind, ids, units, first, len(item.ranks), running.seconds, running.started, now)
 
 
 def learn(rows: Iterable[ItemDone], params: dict[str, ResolvedParams], setup: Setup, begin: Constants) -> Constants:
     """What the scheduler believes after these items."""
     card = setup.costs.card()
-    model, layout = CostModel(card, copy.deepcopy(begin)), setup.layout(card)
+    model = CostModel(card, copy.deepcopy(begin))
+    predictions = Predictions(model, card, setup.layout(card))
     for row in rows:
         batch = len(row.ids) if row.kind == "denoise" else 1
-        model.observe(row.kind, params[row.ids[0]], layout, row.units, row.seconds, batch)
+        predictions.learn(row.kind, params[row.ids[0]], row.units, row.seconds, batch)
     return model.constants
 
 

@@ -1,4 +1,5 @@
-"""Equal small requests at once against one after the other, and the curve over the batch size with the chosen budget.
+"""Equal small requests at once against one after the other, the curve over the batch size, and the size that the cost
+model chose by itself: the trace of its items tells how many steps were made in which company.
 
 Predicted: a step costs fixed + batch * work / rate; `Line` gives both from the warm-up. At 16 tokens the fixed part is
 about half of a step, so sixteen at once should need about half the time.
@@ -9,7 +10,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
+import tempfile
 import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -20,6 +25,10 @@ from launch.supervisor import Supervisor
 from launch.weights import resolve_model
 from runtime.config import Config
 from runtime.sampling import SamplingParams
+from runtime.trace import TraceLine, read_trace
+
+APART = "apart"
+"""Begins the ids of those that run one after the other."""
 
 
 def main() -> None:
@@ -42,15 +51,18 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
     )
     curve = {}
     for size in args.sizes:
-        async with _Served(Config(num_gpus=args.ranks, batching_max_size=size)) as mesh:
+        async with _Served(Config(num_gpus=args.ranks, ulysses_degree=args.ranks, batching_max_size=size)) as mesh:
             await _at_once(mesh, params, args.requests)
             curve[size] = spread([args.requests / await _at_once(mesh, params, args.requests) for _ in range(3)])
-    async with _Served(Config(num_gpus=args.ranks)) as mesh:
-        await _at_once(mesh, params, args.requests)
-        pairs = [
-            (await _one_by_one(mesh, params, args.requests), await _at_once(mesh, params, args.requests))
-            for _ in range(args.pairs)
-        ]
+    with tempfile.TemporaryDirectory(prefix="framemesh-") as folder:
+        config = Config(num_gpus=args.ranks, ulysses_degree=args.ranks, trace_path=f"{folder}/trace.jsonl")
+        async with _Served(config) as mesh:
+            await _at_once(mesh, params, args.requests)
+            pairs = [
+                (await _one_by_one(mesh, params, args.requests), await _at_once(mesh, params, args.requests))
+                for _ in range(args.pairs)
+            ]
+        steps = _steps_by_batch(read_trace(Path(folder, "trace.jsonl")))
     return {
         "requests": args.requests,
         "frames": args.frames,
@@ -58,7 +70,19 @@ async def _measure(args: argparse.Namespace) -> dict[str, Any]:
         "wanted_speedup": 1.5,
         "speedup_at_once_over_one_by_one": spread([apart / together for apart, together in pairs]),
         "requests_per_s_by_batching_max_size": curve,
+        "batching_max_size": config.batching_max_size,
+        "chosen_batch": max(steps),
+        "steps_at_once_by_batch": steps,
     }
+
+
+def _steps_by_batch(trace: Sequence[TraceLine]) -> dict[int, int]:
+    """Size of a batch -> denoising steps that were made at it, of the requests that came together."""
+    steps: Counter[int] = Counter()
+    for line in trace:
+        if line.rank == 0 and line.kind == "Denoise" and not any(name.startswith(APART) for name in line.requests):
+            steps[len(line.requests)] += line.units
+    return dict(sorted(steps.items()))
 
 
 class _Served:
@@ -92,7 +116,7 @@ async def _at_once(mesh: Mesh, params: SamplingParams, count: int) -> float:
 async def _one_by_one(mesh: Mesh, params: SamplingParams, count: int) -> float:
     started = time.monotonic()
     for index in range(count):
-        await _one(mesh, params, f"apart-{started}-{index}")
+        await _one(mesh, params, f"{APART}-{started}-{index}")
     return time.monotonic() - started
 
 

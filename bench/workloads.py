@@ -2,7 +2,8 @@
 bench/simulate.py replay the same files.
 
 A trace is a JSON line per request, in order of arrival, with the fields of `Arrival`. `python -m bench.workloads mix
---rate 2 --count 100 --seed 1` writes one to stdout.
+--rate 2 --count 100 --seed 1` writes one to stdout. Those in bench/traces/ are of the mix at one request a second, 300
+each, seeds 0 to 2: what serving is measured with, at a rate that suits the machine.
 """
 
 from __future__ import annotations
@@ -247,6 +248,15 @@ WORKLOADS: dict[str, Workload] = {
 
 
 # ---- files ------------------------------------------------------------------------------------------------------
+
+
+TRACES = tuple(Path(__file__).parent / "traces" / f"mix_{seed}.jsonl" for seed in range(3))
+
+
+def at_rate(trace: Sequence[Arrival], rate: float) -> list[Arrival]:
+    """The same requests in the same order, all gaps stretched alike, so that `rate` arrive per second on average."""
+    own = len(trace) / trace[-1].arrival_s
+    return [msgspec.structs.replace(arrival, arrival_s=arrival.arrival_s * own / rate) for arrival in trace]
 
 
 def write_trace(trace: Sequence[Arrival], path: Path) -> None:

@@ -98,6 +98,9 @@ class Generation(BaseModel):
     guidance_scale: Number | None = None
     true_cfg_scale: Number | None = Field(None, description="image models: guidance against the negative prompt")
     negative_prompt: str | None = None
+    deterministic: bool | None = Field(
+        None, description="the same bytes each time on this mesh: shares no forward with other requests"
+    )
     priority: Whole | None = Field(None, description="-100 to 100; higher goes first among your own requests")
     timeout: Number | None = Field(None, description="seconds after which the result is no longer wanted")
     user: Label | None = Field(None, description="kept with the job, and changes nothing")
@@ -140,6 +143,7 @@ class Generation(BaseModel):
             seed=self.seed,
             height=height,
             width=width,
+            deterministic=self.deterministic,
         )
 
     def _sides(self) -> tuple[int | None, int | None]:
@@ -226,6 +230,7 @@ REMIXED = (
     "height",
     "num_frames",
     "fps",
+    "deterministic",
 )
 """What a remix takes over from its source unless it says otherwise."""
 

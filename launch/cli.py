@@ -17,9 +17,9 @@ from cyclopts import App, CycloptsError, Parameter
 
 from launch.options import Output, take_in
 from launch.tryout import try_folder, try_port
-from runtime.config import DEMO_MODEL, Config, check_config, fit_layout
+from runtime.batchrules import rules_of
+from runtime.config import DEMO_MODEL, Config, check_config, describe_mesh
 from runtime.errors import FramemeshError, InvalidInput
-from runtime.layout import describe_layout
 from runtime.places import is_remote, read_places
 from runtime.sampling import ResolvedParams, SamplingParams
 
@@ -243,14 +243,22 @@ def tune(
         Where the profile goes.
     """
     from launch.tune import tune as find_layout
+    from runtime.models.card import usual_request
 
     if measure < 1:
         raise InvalidInput("measure", f"{measure} is too few; take 1 or more, or --dry-run")
     config = Config(model_path=model_path, revision=revision, num_gpus=num_gpus)
     check_config(config)
     folder, card = _card_of(model_path, revision)
-    params = SamplingParams(
-        prompt="a measurement", height=height, width=width, num_frames=num_frames, guidance_scale=guidance_scale
+    usual = usual_request()
+    params = replace(
+        usual,
+        height=height,
+        width=width,
+        num_frames=num_frames,
+        guidance_scale=guidance_scale,
+        # Without guidance there is nothing to steer away from.
+        negative_prompt=None if guidance_scale is not None and guidance_scale <= 1 else usual.negative_prompt,
     )
     return find_layout(
         config, folder, card, params, machine=machine, dry_run=dry_run, measure=measure, profile_file=profile_file
@@ -410,6 +418,8 @@ class Prepared:
     folder: Path
     card: Card
     resolved: ResolvedParams | None
+    why: tuple[str, ...]
+    """How the layout was chosen; empty where it was asked for."""
 
 
 def prepare(
@@ -420,29 +430,27 @@ def prepare(
     Raises:
         InvalidInput: names the setting at fault.
     """
+    from launch.sizes import settle_layout
+
     check_config(config)
+    rules_of(config)
     _check_output(output)
     try_folder(Path(config.output_path))
     if http:
         try_port(config.host, config.port)
         _check_keys_file(config)
     folder, card = _card_of(config.model_path, config.revision)
-    config = _fit_layout(config, card)
+    config, why = settle_layout(config, folder, card)
     _check_encoders(config, folder)
     resolved = None if params is None else card.check(params)
     _check_ending(output, card, resolved)
-    if config.num_gpus > 1:
-        _say("note: " + "\n".join(describe_layout(config.layout, card)))
-    for note in _notes(config, card):
-        _say(f"note: {note}")
+    notes = list(_notes(config, card))
     config = replace(config, vae_sp=config.vae_sp and config.num_gpus > 1 and card.decodes_in_strips)
-    return Prepared(config, folder, card, resolved)
-
-
-def _fit_layout(config: Config, card: Card) -> Config:
-    from runtime.models.card import most_branches
-
-    return fit_layout(config, card, most_branches(card))
+    if config.num_gpus > 1:
+        notes.insert(0, "\n".join([*describe_mesh(config, card), *why]))
+    for note in notes:
+        _say(f"note: {note}")
+    return Prepared(config, folder, card, resolved, why)
 
 
 def _check_keys_file(config: Config) -> None:
@@ -514,6 +522,7 @@ def _print_plan(ready: Prepared) -> int:
     plan: dict[str, Any] = {
         "model": {"folder": str(ready.folder), **_describe(ready.card)},
         "layout": {"cfg": layout.cfg, "ring": layout.ring, "ulysses": layout.ulysses, "ranks": layout.num_ranks},
+        "why": ready.why,
         "config": dataclasses.asdict(config),
         "params": msgspec.to_builtins(ready.resolved),
     }

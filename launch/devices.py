@@ -1,11 +1,14 @@
-"""Which accelerators this host has, how much memory is free on them, and which of them the ranks get. No torch."""
+"""Which accelerators this host has, how much memory is free, and which of them the ranks get. No torch."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Literal
 
 from runtime.errors import InvalidInput
@@ -96,6 +99,39 @@ def visible_gpus() -> list[Gpu]:
         pynvml.nvmlShutdown()
 
 
+def linked(gpus: Sequence[Gpu]) -> bool:
+    """Whether each of them has a working NVLink; one that nobody can ask has none."""
+    import pynvml
+
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return False
+    try:
+        return all(_has_link(pynvml.nvmlDeviceGetHandleByUUID(gpu.uuid)) for gpu in gpus)
+    except pynvml.NVMLError:
+        return False
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def memory_limit() -> tuple[int, str]:
+    """(bytes that all processes of ours may use, who says so)."""
+    import psutil
+
+    limits = [(int(setting), "limit of the cgroup") for setting in cgroup("memory.max") if setting.isdecimal()]
+    return min([(psutil.virtual_memory().total, "all of the host"), *limits])
+
+
+def cgroup(name: str) -> Iterator[str]:
+    """A setting of this process's cgroup (version 2) and of those that it lies in."""
+    with contextlib.suppress(OSError):
+        place = Path(Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().lstrip("/"))
+        for group in (place, *place.parents):
+            with contextlib.suppress(OSError):
+                yield (Path("/sys/fs/cgroup") / group / name).read_text().strip()
+
+
 def describe_machine() -> list[tuple[str, str]]:
     """(name, value) rows for `framemesh env`; imports none of the packages whose versions it tells."""
     import psutil
@@ -157,6 +193,19 @@ def _read_gpu(handle: object, index: int | None) -> Gpu:
         capability=f"{major}.{minor}",
         driver=pynvml.nvmlSystemGetDriverVersion(),
     )
+
+
+def _has_link(handle: object) -> bool:
+    import pynvml
+
+    for link in range(pynvml.NVML_NVLINK_MAX_LINKS):
+        try:
+            if pynvml.nvmlDeviceGetNvLinkState(handle, link) == pynvml.NVML_FEATURE_ENABLED:
+                return True
+        except pynvml.NVMLError:
+            # It has fewer links than there may be, or none.
+            return False
+    return False
 
 
 def _memory(handle: object) -> tuple[int, int]:

@@ -6,7 +6,6 @@ they were. A check that raises is a finding too.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import platform
@@ -30,13 +29,16 @@ from typing import Any, Literal
 import msgspec
 import psutil
 
-from launch.devices import pick_devices, visible_gpus
+from launch.devices import cgroup, memory_limit, pick_devices, visible_gpus
 from launch.observe import FOLDER_PREFIX, is_abandoned, read_mesh_file, run_folders
 from launch.process import HOME
+from launch.sizes import settle_layout
 from launch.tryout import try_folder, try_port
+from runtime.batchrules import rules_of
 from runtime.config import DEMO_MODEL, Config, check_config
 from runtime.errors import InvalidInput
 from runtime.keys import AUTHORIZED, PUBLIC, load_keys, read_host
+from runtime.models.card import card_for, read_configs
 from runtime.wire import MAX_IPC_PATH, check_pair
 
 GIB = 1 << 30
@@ -89,10 +91,12 @@ def check_settings(config: Config) -> Iterator[Finding]:
     """What `serve` would refuse before it looks at the machine."""
     try:
         check_config(config)
+        rules_of(config)
+        layout = _layout(config)
     except InvalidInput as error:
         yield Finding("settings", "error", str(error), "change the setting")
     else:
-        yield Finding("settings", "ok", f"model {config.model_path}, {config.layout}")
+        yield Finding("settings", "ok", f"model {config.model_path}, {layout}")
 
 
 def check_versions(config: Config) -> Iterator[Finding]:
@@ -155,7 +159,7 @@ def check_cores(config: Config) -> Iterator[Finding]:
 
 def check_memory(config: Config) -> Iterator[Finding]:
     """The weights against what this process may use; on the CPU every rank holds all of them."""
-    limit, source = _memory_limit()
+    limit, source = memory_limit()
     folder = _local_model(config.model_path)
     if folder is None:
         found = f"{limit / GIB:.1f} GiB ({source}); {config.model_path} is not on this disk, so its size is not known"
@@ -392,6 +396,17 @@ def _requirements() -> tuple[str, list[str]]:
         return project["requires-python"], project["dependencies"]
 
 
+def _layout(config: Config) -> str:
+    """As it was asked for, or what a start would choose where the model is on this disk."""
+    folder = _local_model(config.model_path)
+    if not config.layout_is_open:
+        return str(config.layout)
+    if folder is None:
+        return f"a layout of {config.num_gpus} ranks that is chosen once the model is on this disk"
+    settled, why = settle_layout(config, folder, card_for(read_configs(folder)))
+    return "; ".join([str(settled.layout), *why])
+
+
 def _installed(name: str) -> str | None:
     try:
         return version(name)
@@ -405,24 +420,9 @@ def _on_cpu(config: Config) -> bool:
 
 def _cores() -> float:
     """Those that this process may use, a container's quota included."""
-    shares = [setting.split() for setting in _cgroup("cpu.max")]
+    shares = [setting.split() for setting in cgroup("cpu.max")]
     quotas = [int(share[0]) / int(share[1]) for share in shares if len(share) == 2 and share[0].isdecimal()]
     return min([float(len(os.sched_getaffinity(0))), *quotas])
-
-
-def _memory_limit() -> tuple[int, str]:
-    """(bytes, who says so)."""
-    limits = [(int(setting), "limit of the cgroup") for setting in _cgroup("memory.max") if setting.isdecimal()]
-    return min([(psutil.virtual_memory().total, "all of the host"), *limits])
-
-
-def _cgroup(name: str) -> Iterator[str]:
-    """A setting of this process's cgroup (version 2) and of those that it lies in."""
-    with contextlib.suppress(OSError):
-        place = Path(Path("/proc/self/cgroup").read_text().rpartition("::")[2].strip().lstrip("/"))
-        for group in (place, *place.parents):
-            with contextlib.suppress(OSError):
-                yield (Path("/sys/fs/cgroup") / group / name).read_text().strip()
 
 
 def _local_model(model_path: str) -> Path | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import queue
 import secrets
+import sys
 import threading
 from collections.abc import Callable, Coroutine, Iterator
 from dataclasses import dataclass, field, replace
@@ -17,11 +18,13 @@ from numpy.typing import NDArray
 
 from gateway.media.metadata import generation_metadata
 from gateway.mesh import Event, Frames, Mesh
+from launch.sizes import settle_layout
 from launch.supervisor import Supervisor
 from launch.weights import resolve_model
-from runtime.config import Config, check_config, fit_layout
+from runtime.batchrules import rules_of
+from runtime.config import Config, check_config, describe_mesh
 from runtime.errors import FramemeshError, InvalidInput, StartFailed
-from runtime.models.card import Card, card_for, most_branches, read_configs
+from runtime.models.card import Card, card_for, read_configs
 from runtime.protocol import Completed, MeshState, Request, Usage
 from runtime.sampling import ResolvedParams, SamplingParams, check_terms
 
@@ -61,10 +64,13 @@ class Generator:
             StartFailed: a process did not come up; everything was stopped again.
         """
         check_config(config)
+        rules_of(config)
         if config.replicas > 1:
             raise InvalidInput("replicas", "a Generator has one mesh; replicas are for `framemesh serve`")
         self.card: Card = card_for(read_configs(folder))
-        config = fit_layout(config, self.card, most_branches(self.card))
+        config, why = settle_layout(config, folder, self.card)
+        if why:
+            print("\n".join([*describe_mesh(config, self.card), *why]), file=sys.stderr, flush=True)
         self._loop = asyncio.new_event_loop()
         # The children die with the thread that started them: this one lives until close().
         self._thread = threading.Thread(target=self._loop.run_forever, name="framemesh", daemon=True)

@@ -108,6 +108,7 @@ MESH_ONLY = frozenset(
         "batching_max_size",
         "batching_config",
         "scheduling_policy",
+        "key_weights",
         "max_active",
         "cost_cache",
         "checkpoint_every_steps",

@@ -1,14 +1,11 @@
-"""`framemesh tune`: reads a model's sizes and a machine's constants, measures the best layouts, writes the profile."""
+"""`framemesh tune`: ranks every layout of a model, measures the best few, says why, writes the profile."""
 
 from __future__ import annotations
 
 import json
 import math
-import re
-import struct
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,12 +17,13 @@ from rich.console import Console
 from rich.table import Table
 
 from launch.progress import ProgressView
+from launch.sizes import tuner_for
 from runtime.config import Config
 from runtime.errors import FramemeshError, InvalidInput
-from runtime.machine import Machine, load_machine
+from runtime.machine import load_machine
 from runtime.models.card import Card
 from runtime.sampling import ResolvedParams, SamplingParams
-from runtime.tune import Candidate, Prediction, Tuner, Weights, crossovers, gib, why
+from runtime.tune import Candidate, Prediction, Tuner, crossovers, gib, why
 
 WARM_STEPS, TIMED_STEPS = 2, 6
 """Steps of the generation that warms a candidate's mesh up, and of the one whose steps are timed."""
@@ -57,11 +55,10 @@ def tune(
     profile_file: Path,
 ) -> int:
     """Rank every layout, measure the best few unless `dry_run`, say why, write the profile; returns the exit code."""
-    from runtime.models.card import read_configs
-
-    configs, resolved = read_configs(folder), card.check(params)
-    constants = load_machine(machine) if machine is not None else this_machine(config.num_gpus)
-    tuner = Tuner(card, configs, read_weights(folder, constants.element), constants)
+    resolved = card.check(params)
+    tuner = tuner_for(config, folder, card, None if machine is None else load_machine(machine))
+    if machine is None:
+        _say(f"note: constants of {tuner.machine.name}; --machine FILE takes better ones")
     ranked = tuner.rank(resolved, config.num_gpus)
     # The next best on paper may be the best in truth; one that does not fit is not tried.
     tried = [p.candidate for p in ranked if p.fits and not dry_run]
@@ -79,53 +76,6 @@ def tune(
         f"profile {profile_file}: framemesh serve --profile-file {profile_file}", highlight=False, soft_wrap=True
     )
     return 0
-
-
-# ---- what is known without running -------------------------------------------------------------------------------
-
-
-def this_machine(num_ranks: int) -> Machine:
-    """The shipped constants that are nearest to this machine, with the memory that it really has."""
-    import psutil
-
-    from launch.devices import visible_gpus
-
-    gpus = visible_gpus()
-    if len(gpus) >= num_ranks:
-        machine = load_machine("h100-nvlink")
-        freest = sorted((gpu.memory_total for gpu in gpus), reverse=True)[num_ranks - 1]
-        _say(f"note: constants of {machine.name} for {gpus[0].name}; --machine FILE takes better ones")
-        return msgspec.structs.replace(machine, memory=float(freest))
-    return msgspec.structs.replace(load_machine("cpu-gloo"), memory=psutil.virtual_memory().total / num_ranks)
-
-
-def read_weights(folder: Path, element: int) -> Weights:
-    """Sizes from the headers of the safetensors files; no tensor is read."""
-    denoiser = _numels(folder / "transformer")
-    blocks = Counter[str]()
-    for name, numel in denoiser:
-        if block := re.match(r".*?\.\d+(?=\.)", name):
-            blocks[block[0]] += numel
-    encoders = [part for part in sorted(folder.glob("text_encoder*")) if part.is_dir()]
-    return Weights(
-        denoiser=element * sum(numel for _, numel in denoiser),
-        largest_block=element * max(blocks.values(), default=0),
-        blocks=len(blocks),
-        encoders=element * sum(numel for part in encoders for _, numel in _numels(part)),
-        # The VAE stays in fp32 unless it is told otherwise.
-        vae=4 * sum(numel for _, numel in _numels(folder / "vae")),
-    )
-
-
-def _numels(folder: Path) -> list[tuple[str, int]]:
-    """(tensor, number of values) of a component."""
-    found = dict[str, int]()
-    for file in sorted(folder.glob("*.safetensors")):
-        with file.open("rb") as stream:
-            (length,) = struct.unpack("<Q", stream.read(8))
-            header = json.loads(stream.read(length))
-        found |= {name: math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
-    return list(found.items())
 
 
 def _shapes(card: Card, params: SamplingParams) -> list[ResolvedParams]:

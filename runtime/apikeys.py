@@ -1,4 +1,4 @@
-"""API keys as an operator writes them down: one line a key, never the key itself. Knows no HTTP and keeps nothing.
+"""API keys as an operator writes them down, never the key itself, and their shares. Knows no HTTP and keeps nothing.
 
 A line is ``NAME:SHA256`` with options behind it, e.g. ``alice:9f86…0a08:rate=60/minute:concurrent=4``. In a file, empty
 lines and lines that begin with ``#`` say nothing.
@@ -19,6 +19,7 @@ from runtime.errors import InvalidInput
 NAME = re.compile(r"[A-Za-z0-9._@-]{1,64}")
 DIGEST = re.compile(r"[0-9a-f]{64}")
 RATE = re.compile(r"([1-9]\d{0,6}) ?/ ?(second|minute|hour|day)")
+WEIGHT = re.compile(r"\d{1,4}(\.\d{1,4})?")
 SECONDS = {"second": 1, "minute": 60, "hour": 3600, "day": 86_400}
 PREFIX = "fm-"
 """Of the keys that we make, so that a leaked one is recognized."""
@@ -73,6 +74,23 @@ def parse_rate(field: str, word: str) -> Rate:
     if match is None:
         raise InvalidInput(field, f'{word!r} is no rate; write it as "60/minute" (or second, hour, day)')
     return Rate(int(match[1]), SECONDS[match[2]])
+
+
+def parse_weights(field: str, words: Iterable[str]) -> dict[str, float]:
+    """Shares of keys by name, of words ``alice=2``.
+
+    Raises:
+        InvalidInput: names the word; a key has two shares.
+    """
+    weights: dict[str, float] = {}
+    for word in words:
+        name, _, value = word.partition("=")
+        if not NAME.fullmatch(name) or not WEIGHT.fullmatch(value) or not float(value):
+            raise InvalidInput(field, f"{word!r} is not NAME=WEIGHT with a weight above 0 and below 10000, as alice=2")
+        if name in weights:
+            raise InvalidInput(field, f"gives {name} two weights")
+        weights[name] = float(value)
+    return weights
 
 
 def parse_keys(field: str, lines: Iterable[str]) -> tuple[ApiKey, ...]:

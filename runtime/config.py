@@ -14,10 +14,10 @@ from urllib.parse import urlsplit
 
 import msgspec
 
-from runtime.apikeys import parse_keys, parse_rate
+from runtime.apikeys import parse_keys, parse_rate, parse_weights
 from runtime.bounds import MAX_PROMPT_CHARS
 from runtime.errors import InvalidInput
-from runtime.layout import Heads, Layout, derive_layout
+from runtime.layout import Heads, Layout, derive_layout, describe_layout
 from runtime.places import read_places
 
 Precision = Literal["fp16", "bf16", "fp32"]
@@ -61,7 +61,8 @@ class Config:
     """auto or framemesh (alias sglang): the native families; a model outside them is refused."""
 
     num_gpus: int = 1
-    """Ranks of the worker mesh: GPUs, or CPU processes where there is no GPU."""
+    """Ranks of the worker mesh: GPUs, or CPU processes where there is no GPU. With nothing else said on how they share
+    the work, the layout that the cost and memory model predicts to be fastest is taken."""
     replicas: int = 1
     """Meshes of that many ranks each, side by side on this host behind one gateway."""
     bind: str | None = None
@@ -72,13 +73,14 @@ class Config:
     """Where a gateway takes frames from meshes on other hosts: tcp://ADDRESS:PORT of this host, the next ports for
     further meshes; port 0 takes free ones."""
     sp_degree: int | None = None
-    """Sequence-parallel degree (ring * ulysses); unset: derived."""
+    """Sequence-parallel degree (ring * ulysses); unset: derived from the other degrees."""
     ulysses_degree: int | None = None
     """DeepSpeed-Ulysses degree: all-to-all between heads and sequence; unset: as much of SP as divides the heads."""
     ring_degree: int | None = None
     """Ring-attention degree; unset: what Ulysses leaves of SP."""
-    enable_cfg_parallel: bool = False
-    """Evaluate the guidance branches on separate ranks; requests without guidance use them for SP."""
+    enable_cfg_parallel: bool | None = None
+    """Evaluate the guidance branches on separate ranks; requests without guidance use them for SP. Unset: not, unless
+    the layout is chosen."""
     cfg_parallel_size: int | None = None
     """Groups of ranks that share the guidance branches; unset: 2 with --enable-cfg-parallel, else 1."""
     sp_engine: Literal["native", "yunchang"] = "native"
@@ -92,8 +94,9 @@ class Config:
 
     tp_size: int | None = None
     """Ranks that share the layers of the text encoders; divides the SP degree. Unset: as the cost model predicts."""
-    use_fsdp_inference: bool = False
-    """Every rank holds 1/N of the denoiser's and the text encoders' weights (FSDP2) instead of all of them."""
+    use_fsdp_inference: bool | None = None
+    """Every rank holds 1/N of the denoiser's and the text encoders' weights (FSDP2) instead of all of them. Unset: not,
+    unless the layout is chosen and nothing else fits."""
 
     dit_precision: Precision | None = None
     """Precision of the denoiser; unset: bf16 on CUDA, fp32 on CPU."""
@@ -146,6 +149,9 @@ class Config:
     """JSON or YAML file of rules that bound the batch size by model and resolution."""
     scheduling_policy: Literal["srpt", "deadline", "fifo"] = "srpt"
     """Order within an API key: shortest predicted remaining work, least slack, or arrival."""
+    key_weights: tuple[str, ...] = ()
+    """Shares of API keys, NAME=WEIGHT each: a key of weight 2 gets twice the service of one that is not named, when
+    both have work. The mesh decides by this for all of its gateways."""
     max_active: int = 64
     """Requests whose state the ranks hold at once, memory allowing."""
     cost_cache: str | None = None
@@ -204,6 +210,13 @@ class Config:
             return self.cfg_parallel_size
         return 2 if self.enable_cfg_parallel else 1
 
+    @property
+    def layout_is_open(self) -> bool:
+        """Whether nothing was said on how several ranks share the work, so that it has to be chosen."""
+        degrees = (self.sp_degree, self.ulysses_degree, self.ring_degree, self.cfg_parallel_size)
+        switches = (self.enable_cfg_parallel, self.use_fsdp_inference)
+        return self.num_gpus > 1 and all(said is None for said in (*degrees, *switches))
+
     def layout_on(self, heads: int | None = None) -> Layout:
         """The layout for a model with so many heads, or before the model is known."""
         return derive_layout(
@@ -246,6 +259,7 @@ def check_config(config: Config) -> None:
     for name in ("checkpoint_every_steps", "checkpoint_max_bytes", "drain_timeout"):
         if getattr(config, name) < 0:
             raise InvalidInput(name, f"{getattr(config, name)} is negative; take 0 or more")
+    parse_weights("key_weights", config.key_weights)
     _check_outputs(config)
     if config.batching_delay_ms < 0:
         raise InvalidInput("batching_delay_ms", f"{config.batching_delay_ms} is negative; it is a time in ms")
@@ -312,6 +326,9 @@ def _check_outputs(config: Config) -> None:
 def _check_parallel(config: Config) -> None:
     if config.enable_cfg_parallel and config.cfg_degree == 1:
         raise InvalidInput("cfg_parallel_size", "1 contradicts enable_cfg_parallel; take 2 or more, or leave it out")
+    if config.enable_cfg_parallel is False and config.cfg_degree > 1:
+        reason = f"{config.cfg_parallel_size} contradicts no-enable-cfg-parallel; leave one of them out"
+        raise InvalidInput("cfg_parallel_size", reason)
     if config.layout.num_ranks == 1 and config.sp_engine != "native":
         raise InvalidInput("sp_engine", f"{config.sp_engine} has nothing to do on one rank; leave it out")
     if config.sp_engine == "yunchang" and config.device == "cpu":
@@ -347,6 +364,9 @@ def fit_layout(config: Config, card: Heads, branches: int) -> Config:
     if config.cfg_degree > branches:
         reason = f"cfg({config.cfg_degree}) > {branches} guidance branches of this model; leave the ranks to SP"
         raise InvalidInput("enable_cfg_parallel", reason)
+    if config.use_fsdp_inference and branches % config.cfg_degree:
+        reason = f"{branches} guidance branches on cfg({config.cfg_degree}) groups are unequal numbers of forwards, "
+        raise InvalidInput("use_fsdp_inference", f"{reason}and every forward gathers weights from all ranks")
     layout = config.layout_on(card.heads)
     if layout.ulysses > card.heads:
         reason = f"ulysses({layout.ulysses}) > {card.heads} attention heads; give the rest to ring_degree"
@@ -354,6 +374,16 @@ def fit_layout(config: Config, card: Heads, branches: int) -> Config:
     if layout == config.layout:
         return config
     return replace(config, ulysses_degree=layout.ulysses, ring_degree=layout.ring)
+
+
+def describe_mesh(config: Config, card: Heads) -> tuple[str, ...]:
+    """The layout with what each rank has of a forward, then how weights, encodes and decodes are shared."""
+    ranks, tp = config.num_gpus, config.tp_size or 1
+    weights = f"1/{ranks} of denoiser and text encoders" if config.use_fsdp_inference else "all of them"
+    encodes = f"heads and hidden units split over {tp} ranks" if tp > 1 else "every rank alone"
+    decodes = "a strip of rows of every frame on each rank" if config.vae_sp else "one rank each"
+    shared = f"  weights on a rank: {weights}; text encoders: {encodes}; decodes: {decodes}"
+    return (*describe_layout(config.layout, card), shared)
 
 
 def save_frozen(config: Config, path: Path) -> None:

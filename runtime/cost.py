@@ -6,7 +6,8 @@ the order of requests all read this one model. Knows no queue and no policy.
 
     seconds(kind, shape, batch) = fixed[kind] + batch * work(shape) / rate[kind]
 
-until that very (kind, shape, batch) was measured; from then on its own moving average.
+until that very (kind, shape, batch) was measured; from then on its own moving average. `layout` is always the one
+that the unit really runs on: a step on other ranks, or a decode shared by several, has lines and figures of its own.
 """
 
 from __future__ import annotations
@@ -62,7 +63,7 @@ class Constants(msgspec.Struct):
     """What was learnt; saved per model, machine and layout."""
 
     lines: dict[str, Line]
-    """Per kind: seconds over work per rank (requests, floating-point operations, pixels)."""
+    """Per kind, and per kind and layout: seconds over work per rank (requests, floating-point operations, pixels)."""
     measured: dict[str, float] = {}
     """Seconds per unit of each (kind, shape, batch) that was seen."""
 
@@ -102,7 +103,7 @@ class CostModel:
 
     def fitted(self, kind: str, params: ResolvedParams, layout: Layout, batch: int) -> float:
         """The same by the line alone, whatever was measured for this very shape."""
-        return self.constants.lines[kind].at(batch * self._work(kind, params, layout))
+        return self._line(kind, layout).at(batch * self._work(kind, params, layout))
 
     def observe(
         self, kind: str, params: ResolvedParams, layout: Layout, units: int, seconds: float, batch: int = 1
@@ -115,12 +116,24 @@ class CostModel:
         if known is not None:
             self._errors.append(abs(known - per_unit) / per_unit)
         self.constants.measured[key] = per_unit if known is None else known + SMOOTHING * (per_unit - known)
-        self.constants.lines[kind].add(batch * self._work(kind, params, layout), per_unit)
+        lines, name = self.constants.lines, kind + _place(kind, layout)
+        if name not in lines or not lines[name].weight:
+            guess = self._line(kind, layout)
+            lines[name] = Line(guess.fixed, guess.slope)
+        lines[name].add(batch * self._work(kind, params, layout), per_unit)
 
     @property
     def error(self) -> float | None:
         """Median absolute error of the latest predictions over the measured time; None before the first."""
         return median(self._errors) if self._errors else None
+
+    def _line(self, kind: str, layout: Layout) -> Line:
+        """That of the layout, or before it has seen anything the one of this kind that has seen most."""
+        lines = self.constants.lines
+        own = lines.get(kind + _place(kind, layout))
+        if own is not None and own.weight:
+            return own
+        return max((line for name, line in lines.items() if name.partition(" ")[0] == kind), key=lambda x: x.weight)
 
     def _work(self, kind: str, params: ResolvedParams, layout: Layout) -> float:
         branches = len(self.card.branches(params, 0))
@@ -133,18 +146,23 @@ class CostModel:
     def _count_work(self, kind: str, params: ResolvedParams, layout: Layout) -> float:
         if kind == "denoise":
             return self.card.step_flops(params) / layout.num_ranks
+        if kind == "encode":
+            return 1.0
         first, *others = self.card.decode_chunks(params)
-        if kind == "first_decode" or (kind == "decode" and not others):
-            return params.height * params.width * first
-        if kind == "decode":
-            return params.height * params.width * sum(others) / len(others)
-        return 1.0
+        frames = sum(others) / len(others) if kind == "decode" and others else first
+        return params.height * params.width * frames / layout.num_ranks
 
     def _key(self, kind: str, params: ResolvedParams, layout: Layout, batch: int) -> str:
         if kind == "encode":
             return kind
-        shape = f"{kind} {params.height}x{params.width}x{params.num_frames}"
-        if kind in {"decode", "first_decode"}:
-            return shape
-        branches = len(self.card.branches(params, 0))
-        return f"{shape} branches={branches} layout={layout.cfg},{layout.ring},{layout.ulysses} batch={batch}"
+        shape, place = f"{kind} {params.height}x{params.width}x{params.num_frames}", _place(kind, layout)
+        if kind != "denoise":
+            return shape + place
+        return f"{shape} branches={len(self.card.branches(params, 0))}{place} batch={batch}"
+
+
+def _place(kind: str, layout: Layout) -> str:
+    """What of a layout tells units of this kind apart: an encode runs on all ranks, a decode on one or on all."""
+    if kind == "denoise":
+        return f" layout={layout.cfg},{layout.ring},{layout.ulysses}"
+    return f" ranks={layout.num_ranks}" if kind != "encode" and layout.num_ranks > 1 else ""

@@ -1,4 +1,4 @@
-"""Where measured costs are kept between starts: one file per model, machine and layout."""
+"""Where measured costs are kept between starts: one file per model, machine, layout and whatever else changes them."""
 
 from __future__ import annotations
 
@@ -15,16 +15,35 @@ from runtime.cost import Constants
 from runtime.log import get_logger
 from runtime.models.card import Configs
 
+COSTLY = (
+    "device",
+    "dist_backend",
+    "sp_engine",
+    "attention_backend",
+    "dit_precision",
+    "text_encoder_precisions",
+    "tp_size",
+    "use_fsdp_inference",
+    "vae_precision",
+    "vae_tiling",
+    "vae_config",
+    "vae_sp",
+    "replicas",
+)
+"""Settings that change how long an item takes, beside the layout; meshes side by side share cores and links."""
+
 log = get_logger("cost")
 
 
 def cost_path(config: Config, configs: Configs) -> Path:
-    """The file for this model on this machine in this layout and precision."""
+    """The file for this model on this machine in this layout, with all else that changes what an item costs."""
     cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
     folder = Path(config.cost_cache) if config.cost_cache is not None else Path(cache) / "framemesh" / "cost"
     threads = os.environ.get("OMP_NUM_THREADS", "")
-    machine = (platform.node(), platform.machine(), os.cpu_count(), config.device, config.dit_precision, threads)
-    identity = msgspec.json.encode([configs, machine, config.layout], order="sorted")
+    machine = (platform.node(), platform.machine(), os.cpu_count(), threads)
+    # Unset and switched off are the same.
+    settings = {name: getattr(config, name) or None for name in COSTLY}
+    identity = msgspec.json.encode([configs, machine, config.layout, settings], order="sorted")
     return folder / f"{hashlib.sha256(identity).hexdigest()[:16]}.json"
 
 

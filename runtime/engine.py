@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 
 import msgspec
 
@@ -16,6 +17,7 @@ from runtime.protocol import (
     CheckpointFailed,
     Done,
     Drain,
+    Fence,
     FromScheduler,
     GatewayHello,
     Grant,
@@ -34,7 +36,7 @@ from runtime.protocol import (
     WorkerHello,
     WorkItem,
 )
-from runtime.roster import Roster
+from runtime.roster import Roster, Trouble
 from runtime.scheduler import Scheduler
 from runtime.status import StepTimes, take_status
 from runtime.trace import Trace
@@ -48,6 +50,7 @@ BACKLOG_CHANGE = 0.1
 """Gateways hear of the backlog when it has changed by this part, with a beat."""
 
 MOST_TOLD = 1000
+"""Senders of stale messages that are remembered, and gateways that were given up."""
 
 log = get_logger("engine")
 
@@ -68,6 +71,8 @@ class Engine:
         channel.set_epoch(epoch)
         self._roster = Roster(scheduler.layout.num_ranks)
         self._gateways: set[bytes] = set()
+        self._given_up: dict[bytes, None] = {}
+        """Gateways that could not be reached and have not come back, the latest last."""
         self._supervisors: dict[bytes, str] = {}
         self._model: ModelInfo | None = None
         self._reason = "the workers are starting"
@@ -114,6 +119,7 @@ class Engine:
         match message:
             case GatewayHello():
                 self._gateways.add(sender)
+                self._given_up.pop(sender, None)
                 self._scheduler.gateway_joined(sender, message.frames_endpoint, message.credits)
                 self._greet(sender, now)
             case SupervisorHello():
@@ -144,8 +150,8 @@ class Engine:
 
     def _cancel(self, sender: bytes, message: Cancel, now: float) -> None:
         """A gateway always hears that its request is over, known or not, or another gateway's since: it may wait for
-        that word."""
-        gateway = sender if sender in self._gateways else None
+        that word. One that was given up still speaks for nobody else."""
+        gateway = sender if sender in self._gateways or sender in self._given_up else None
         record = self._scheduler.requests.get(message.request_id)
         self._scheduler.cancel(message.request_id, message.reason, now, gateway)
         if gateway is not None and (record is None or record.gateway != gateway):
@@ -176,10 +182,14 @@ class Engine:
         rank = self._roster.hear(sender, message.rank, now)
         if rank is None:
             self.stale += 1
+            if isinstance(message, Heartbeat):
+                # Of a group that was given up, whose fence may not have arrived.
+                self._roster.hear_stranger(sender.partition(b"/")[0], message, now)
             return
         match message:
             case Ready():
                 rank.ready, rank.memory_budget = True, message.memory_budget
+                rank.device_memory = message.device_memory
                 self._scheduler.calibrate(message.measurements)
                 self._model = message.model or self._model
                 self._check_group(now)
@@ -217,6 +227,7 @@ class Engine:
     def _check_group(self, now: float) -> None:
         if self._roster.complete:
             self._reason = "the server is shutting down" if self._scheduler.draining else "ready"
+            self._scheduler.limits.device_memory = self._roster.device_memory or None
             self._scheduler.group_ready(self._roster.memory_budget or None)
         self._announce(now)
 
@@ -232,14 +243,21 @@ class Engine:
 
     def _watch(self, now: float) -> None:
         """Have ranks killed that hang, so that their group restarts."""
+        self._fence(self._roster.left_over(now))
         trouble = self._roster.trouble(self._scheduler.running.values(), now)
-        fences = list(trouble.fences) if trouble is not None else []
-        for host, fence in fences + self._roster.left_over(now):
+        if trouble is not None:
+            self._give_up_group(trouble, now)
+
+    def _give_up_group(self, trouble: Trouble, now: float) -> None:
+        """Ranks that live on would beat for ever and never join again: whoever is in trouble is killed."""
+        self._fence(trouble.fences)
+        self._group_lost(trouble.reason, now, trouble.culprit)
+
+    def _fence(self, fences: Iterable[tuple[str, Fence]]) -> None:
+        for host, fence in fences:
             for supervisor, its_host in self._supervisors.items():
                 if its_host == host:
                     self._send(supervisor, fence)
-        if trouble is not None:
-            self._group_lost(trouble.reason, now)
 
     def _beat(self, now: float) -> None:
         if now - self._beaten > BEAT_S:
@@ -265,12 +283,15 @@ class Engine:
             try:
                 self._channel.send(item, to=self._roster.ranks[rank].identity)
             except PeerGone:
-                self._group_lost(f"rank {rank} is gone", now)
+                self._give_up_group(self._roster.unreachable(rank), now)
                 return
 
     def _tell_gateway(self, gateway: bytes, news: FromScheduler, now: float) -> None:
         if not self._send(gateway, news):
             self._gateways.discard(gateway)
+            self._given_up[gateway] = None
+            if len(self._given_up) > MOST_TOLD:
+                del self._given_up[next(iter(self._given_up))]
             self._scheduler.gateway_lost(gateway, now)
 
     def _greet(self, peer: bytes, now: float) -> None:

@@ -27,6 +27,8 @@ class Errands:
 
     def ended(self, request_id: str) -> None:
         """Its state and its checkpoints can go."""
+        if request_id in self._starting_again:
+            self._starting_again.remove(request_id)
         self._ended.append(request_id)
 
     def starts_again(self, request_id: str) -> None:
@@ -65,7 +67,7 @@ class Errands:
             self._unsure[release.seq] = release.request_ids
             self._ended.clear()
             yield release
-        due = tuple(request_id for request_id in self._due if request_id in active)
+        due = tuple(request_id for request_id in dict.fromkeys(self._due) if request_id in active)
         self._due.clear()
         if due:
             for request_id in due:

@@ -2,13 +2,23 @@
 
 Start-time fair queuing (Goyal, Vin, Cheng, 1996): a key's clock advances by the predicted rank-seconds that it was
 given; the key that is furthest behind goes first; a key that had nothing to run comes back at the present.
+
+What that bounds (tests/test_properties.py holds it, with batches, weights, priorities, tight memory and losses):
+
+* Lag. No item goes to a key that is more than an item (`item_seconds` times ranks, over its weight) ahead of another
+  that could run instead. One exception: others may join a batch, for as many encodes as it has places, before the next
+  step of those in it, however far ahead they are.
+* Wait. From PATIENCE_S + R / AGEING seconds after its arrival a request of R predicted seconds is the first of its key,
+  whoever comes with which priority (fifo: from its arrival on). Then it waits for the work left of those that hold the
+  ranks' memory, for what its key is ahead of the others, for one more request that another key may get in before it,
+  and for its own R seconds; all that once per key that has work, and again after each loss of the workers.
 """
 
 from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterable, Iterator, Set
+from collections.abc import Iterator, Set
 from dataclasses import dataclass, field
 
 from runtime.request import RequestRecord
@@ -22,6 +32,8 @@ that is late by no more: predictions are not that exact."""
 
 PATIENCE_S = 600.0
 """A request that has waited so long, and R / AGEING for its own R seconds, goes before every priority of its key."""
+MANY_KEYS = 1000
+"""Clocks are forgotten when there are so many more than twice those of the keys that wait."""
 
 Rank = tuple[float, float, float]
 
@@ -62,22 +74,27 @@ class WaitingLine:
             self._by_slack.remove((record.deadline - record.remaining_s, record.id))
         self._by_patience.remove((patient_until(record), record.id))
 
-    def first(self, now: float) -> RequestRecord:
+    def first(self, now: float, shut: Set[bytes] = frozenset()) -> RequestRecord | None:
         """Whoever has waited too long; else whoever has to start now to meet its deadline, but priority goes before
-        that; else the policy's first."""
-        until, oldest = self._by_patience[0]
-        if until <= now and self.policy != "fifo":
-            return self._records[oldest][1]
-        head = self._records[self._entries[0][1]][1]
+        that; else the policy's first. Nobody whose gateway is shut out."""
+        oldest = next((entry for entry in self._by_patience if self._may_go(entry[1], shut)), None)
+        if oldest is None:
+            return None
+        if oldest[0] <= now and self.policy != "fifo":
+            return self._records[oldest[1]][1]
+        head = next(self._records[name][1] for _, name in self._entries if self._may_go(name, shut))
         if self.policy == "srpt":
             place = bisect.bisect_right(self._by_slack, (now - URGENT_S, ""))
             for latest_start, request_id in self._by_slack[place:]:
                 if latest_start >= now + URGENT_S:
                     break
                 record = self._records[request_id][1]
-                if record.request.priority == head.request.priority:
+                if record.request.priority == head.request.priority and record.gateway not in shut:
                     return record
         return head
+
+    def _may_go(self, request_id: str, shut: Set[bytes]) -> bool:
+        return self._records[request_id][1].gateway not in shut
 
     def ahead_of(self, record: RequestRecord) -> tuple[int, float]:
         """(its place, 1 for the first; predicted seconds of work before it)."""
@@ -140,6 +157,10 @@ class FairShare:
         for key in keys - self._waiting:
             self.clocks[key] = max(self.clocks.get(key, 0.0), self._present)
         self._waiting = keys
+        if len(self.clocks) > MANY_KEYS + 2 * len(keys):
+            # Whoever is away and not ahead comes back at the present, known or not.
+            for key in [k for k, clock in self.clocks.items() if clock <= self._present and k not in keys]:
+                del self.clocks[key]
 
     def serve(self, key: str) -> None:
         """It is this key's turn."""
@@ -147,8 +168,3 @@ class FairShare:
 
     def charge(self, key: str, rank_seconds: float) -> None:
         self.clocks[key] = self.clocks.get(key, self._present) + rank_seconds / self.weights.get(key, 1.0)
-
-    def lag(self, keys: Iterable[str]) -> float:
-        """Furthest ahead less furthest behind, seconds of service."""
-        clocks = [self.clocks[key] for key in keys]
-        return max(clocks) - min(clocks) if clocks else 0.0

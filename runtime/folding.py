@@ -79,7 +79,7 @@ def resolve_tp(wanted: int | None, configs: Configs, sp: int, machine: Machine) 
         if wanted not in valid:
             heads = ", ".join(f"{shape.heads} heads of {shape.name}" for shape in shapes)
             raise InvalidInput("tp_size", f"{wanted} does not divide sp({sp}) and the {heads}; take one of {valid}")
-        return wanted, f"tp_size {wanted} by hand"
+        return wanted, f"tp_size {wanted} as it was set"
     if not shapes:
         return 1, "no text encoder that can be split"
     times = {tp: sum(shape.seconds(tp, machine) for shape in shapes) for tp in valid}

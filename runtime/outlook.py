@@ -23,7 +23,8 @@ def outlook(
     queued = record.stage is Stage.QUEUED
     others = [r for r in active if r is not record]
     # Whoever shares its forwards makes them slower, but does not run before it.
-    budget = batch_budget(predictions.cost, limits, record.request.params, predictions.layout)
+    params = record.request.params
+    budget = batch_budget(predictions.cost, limits, params, predictions.runs_on("denoise", params))
     alike = (r for r in others if r.batch_key == record.batch_key and r.stage in {Stage.ENCODE, Stage.DENOISE})
     mates = {r.id for r in alike} if budget > 1 else set()
     rivals = (r for r in others if r.id not in mates and (queued or order(r, queue.policy) < mine))
@@ -38,6 +39,5 @@ def outlook(
 
 def _stretch(record: RequestRecord, wanted: int, budget: int, predictions: Predictions) -> float:
     """How many times longer a step takes when so many want to share it than alone."""
-    params, cost, layout = record.request.params, predictions.cost, predictions.layout
-    batch = min(wanted, budget)
-    return cost.predict("denoise", params, layout, batch) / cost.predict("denoise", params, layout) * wanted / batch
+    params, batch = record.request.params, min(wanted, budget)
+    return predictions.unit("denoise", params, batch) / predictions.unit("denoise", params) * wanted / batch

@@ -248,6 +248,8 @@ class Ready(Message, frozen=True):
     memory_budget: Int63 = 0
     """Bytes that this rank has for the states of requests; 0: not known."""
     measurements: Annotated[tuple[Measurement, ...], Meta(max_length=10_000)] = ()
+    device_memory: Int63 = 0
+    """Bytes in all of this rank's GPU, or of its host where it runs on the CPU; 0: not known."""
 
 
 class Heartbeat(Message, frozen=True):

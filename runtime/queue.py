@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Set
 from dataclasses import dataclass, field
 
 from runtime.fairness import WaitingLine
@@ -42,9 +42,10 @@ class Queue:
     def num_lines(self) -> int:
         return len(self._lines)
 
-    def firsts(self, now: float) -> Iterator[RequestRecord]:
-        """The first of each key."""
-        return (line.first(now) for line in self._lines.values())
+    def firsts(self, now: float, shut: Set[bytes] = frozenset()) -> Iterator[RequestRecord]:
+        """The first of each key, those left out whose gateway the door is shut for."""
+        firsts = (line.first(now, shut) for line in self._lines.values())
+        return (record for record in firsts if record is not None)
 
     def joinable(self, batch_key: Hashable) -> Mapping[str, WaitingLine]:
         """Who could join such a batch, by key."""

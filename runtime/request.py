@@ -62,6 +62,8 @@ class RequestRecord:
     """Losses of the worker group during its items."""
     alone: bool = False
     """It is under suspicion: nothing else runs beside its items."""
+    sole: bool = False
+    """It ran out of memory beside the states of others: the ranks hold none but its own while it is active."""
     saved: SavedState | None = None
     """Its newest checkpoint."""
     saved_upto: int = 0
@@ -122,6 +124,15 @@ class RequestRecord:
     def restarted(self) -> bool:
         """Whether an earlier attempt may have come as far as its frames."""
         return self.attempt > self.request.attempt
+
+    @property
+    def where(self) -> str:
+        """How far it has come, in words."""
+        if self.stage is Stage.DENOISE:
+            return f"denoising, after step {self.step} of {self.total_steps}"
+        if self.stage is Stage.DECODE:
+            return f"decoding, after chunk {self.chunk} of {self.total_chunks}"
+        return f"the {self.stage} stage"
 
     def move(self, to: Stage, now: float) -> None:
         """Enter a stage; an illegal move is our bug."""

@@ -6,14 +6,17 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from runtime.protocol import Fence, Heartbeat, WorkerHello
-from runtime.scheduler import Running
+from runtime.running import Running
 
 HEARTBEAT_LIMIT_S = 6.0
 """A ready rank that is silent for so long is taken for dead; it beats once a second from a thread of its own."""
 OVERDUE_FACTOR, OVERDUE_S = 1.5, 8.0
 """An item whose length was measured before hangs after this many times its prediction and so many seconds more."""
+UNMEASURED_FACTOR, UNMEASURED_S = 10.0, 120.0
+"""The same for one whose length is only guessed: the guess may be far off, and its kernels are new to the rank."""
 STRANGER_LIMIT_S = 30.0
-"""A rank that beats for an earlier epoch, and does not join this one in that time, hangs in an item of the earlier."""
+"""A rank that beats but is not of the group, and does not join it in that time: it hangs in an item of an earlier
+epoch, or belongs to a group that was given up."""
 
 
 @dataclass
@@ -25,6 +28,7 @@ class Rank:
     last_seen: float
     ready: bool = False
     memory_budget: int = 0
+    device_memory: int = 0
     peak_bytes: int = 0
     """Most memory that it held during its last item."""
 
@@ -35,6 +39,8 @@ class Trouble:
 
     reason: str
     fences: tuple[tuple[str, Fence], ...]
+    culprit: tuple[int, str] | None = None
+    """The item that brought them there, with its error's code, if one is known to."""
 
 
 @dataclass
@@ -45,7 +51,7 @@ class Roster:
     ranks: dict[int, Rank] = field(default_factory=dict)
     _generation: int = -1
     _strangers: dict[bytes, tuple[Heartbeat, float]] = field(default_factory=dict)
-    """Ranks that still work for an earlier epoch: what they said first, and when."""
+    """Ranks that live though they are not of this group: what they said first, and when."""
 
     @property
     def complete(self) -> bool:
@@ -59,6 +65,11 @@ class Roster:
     def memory_budget(self) -> int:
         """Bytes that the poorest rank has for states; 0: not known."""
         return min(rank.memory_budget for rank in self.ranks.values())
+
+    @property
+    def device_memory(self) -> int:
+        """Bytes in all of the smallest device; 0: not known."""
+        return min(rank.device_memory for rank in self.ranks.values())
 
     @property
     def needs_watching(self) -> bool:
@@ -92,7 +103,7 @@ class Roster:
         return rank
 
     def hear_stranger(self, identity: bytes, beat: Heartbeat, now: float) -> None:
-        """A heartbeat for an earlier epoch."""
+        """A heartbeat of a rank that is not of this group, `identity` being the rank's own."""
         if not any(rank.identity == identity for rank in self.ranks.values()):
             self._strangers.setdefault(identity, (beat, now))
 
@@ -102,19 +113,29 @@ class Roster:
             if rank.ready and now - rank.last_seen > HEARTBEAT_LIMIT_S:
                 return self._trouble([rank], f"was silent for {now - rank.last_seen:.1f} s")
         for item in running:
-            limit = OVERDUE_FACTOR * item.predicted_s + OVERDUE_S
-            if item.measured and now - item.started > limit:
+            # Whoever has failed alone leaves the others in a collective, however new their kernels are.
+            known = item.measured or item.failure is not None
+            factor, more_s = (OVERDUE_FACTOR, OVERDUE_S) if known else (UNMEASURED_FACTOR, UNMEASURED_S)
+            if now - item.started > factor * item.predicted_s + more_s:
                 late = [self.ranks[number] for number in sorted(item.waiting & self.ranks.keys())]
-                what = f"an item of {item.predicted_s:.1f} s"
-                return self._trouble(late, f"is not done with {what} after {now - item.started:.1f} s")
+                what = f"is not done with an item of {item.predicted_s:.1f} s after {now - item.started:.1f} s"
+                if item.failure is None:
+                    return self._trouble(late, what)
+                code, reason = item.failure
+                return self._trouble(late, f"{what}, in which another failed: {reason}", (item.item.seq, code))
         return None
+
+    def unreachable(self, number: int) -> Trouble:
+        """A rank to which nothing can be sent. It may live on: for the others of its group it is as good as dead."""
+        return self._trouble([self.ranks[number]], "is gone")
 
     def left_over(self, now: float) -> list[tuple[str, Fence]]:
         """Strangers that did not join in time, with their hosts."""
         stuck = [peer for peer, (_, since) in self._strangers.items() if now - since > STRANGER_LIMIT_S]
         beats = [self._strangers.pop(peer)[0] for peer in stuck]
-        return [(beat.host, Fence(beat.rank, beat.pid, "it hangs in an item of an earlier epoch")) for beat in beats]
+        return [(beat.host, Fence(beat.rank, beat.pid, "it lives on in a group that is gone")) for beat in beats]
 
-    def _trouble(self, ranks: list[Rank], what: str) -> Trouble:
+    def _trouble(self, ranks: list[Rank], what: str, culprit: tuple[int, str] | None = None) -> Trouble:
         reason = f"rank {', '.join(str(rank.hello.rank) for rank in ranks)} {what}"
-        return Trouble(reason, tuple((r.hello.host, Fence(r.hello.rank, r.hello.pid, reason)) for r in ranks))
+        fences = tuple((r.hello.host, Fence(r.hello.rank, r.hello.pid, reason)) for r in ranks)
+        return Trouble(reason, fences, culprit)

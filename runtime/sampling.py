@@ -37,6 +37,9 @@ class SamplingParams:
     """Frames per second of the written video."""
     true_cfg_scale: float | None = None
     """Classifier-free guidance against the negative prompt in image models; 1 or less switches it off."""
+    deterministic: bool | None = None
+    """The same bytes each time on the same mesh: it shares no forward with other requests, and so takes longer where
+    many are there. Unset: no, frames may differ by 1/255 from one company to another."""
 
 
 class ResolvedParams(msgspec.Struct, frozen=True, kw_only=True):
@@ -52,6 +55,7 @@ class ResolvedParams(msgspec.Struct, frozen=True, kw_only=True):
     num_frames: SomeFrames
     fps: SomeSteps
     true_cfg_scale: Guidance = 1.0
+    deterministic: bool = False
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):

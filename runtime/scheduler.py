@@ -1,7 +1,8 @@
 """Who runs next: a pure function of what it was told. No clock, no socket, no torch, no randomness.
 
 Events go in (`submit`, `cancel`, `completed`, `failed`, `stored`, `group_ready`, `group_lost`), work items come out
-of `plan(now)`, news for the gateways out of `take_news()`. The engine and the simulator drive this same class.
+of `plan(now)`, news for the gateways out of `take_news()`. The engine and the simulator drive this same class. The
+planner chooses what runs next (runtime/planner.py) and changes nothing; whatever changes, changes here.
 
 Requests join and leave a running batch at step boundaries, each at its own timestep. Between API keys the share is
 fair; within a key the policy decides (runtime/fairness.py). Every item lasts about `item_seconds`, and whoever is first
@@ -15,20 +16,20 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Hashable, Iterable, Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice
 
-from runtime.batching import BatchLimits, batch_budget
+from runtime.batching import BatchLimits
 from runtime.checkpoints import Leftovers
 from runtime.cost import CostModel
 from runtime.errands import Errands
-from runtime.fairness import FairShare, turn
+from runtime.fairness import FairShare
 from runtime.gateways import Gateways
 from runtime.layout import Layout
 from runtime.memory import MemoryLedger
 from runtime.models.card import Card
 from runtime.outlook import outlook
+from runtime.planner import Choice, Emit, Enter, Planner, Step, Waiting
 from runtime.predictions import Predictions, item_size
 from runtime.protocol import (
     Cancelled,
@@ -45,8 +46,9 @@ from runtime.protocol import (
     WorkItem,
 )
 from runtime.queue import Queue
-from runtime.recovery import GUILTY_AFTER, SUSPECT_AFTER, LossLog
+from runtime.recovery import GUILTY_AFTER, OUT_OF_MEMORY, SUSPECT_AFTER, LossLog, Verdict, judge
 from runtime.request import ACTIVE, ENDED, RequestRecord, Stage
+from runtime.running import Running, request_ids
 from runtime.totals import Tally
 
 ITEM_SECONDS = 0.1
@@ -55,30 +57,12 @@ MAX_ACTIVE = 64
 """Requests whose state the ranks hold at once, memory allowing."""
 ORPHAN_S = 30.0
 """How long a request whose gateway is gone waits for another one to take it."""
+REJOIN_S = 10.0
+"""How long a drain that finds the ranks not ready waits for gateways to hand in what an earlier life accepted."""
 SAVE_S = 10.0
 """How long a drain that ran out of time waits for the last checkpoints."""
-OUT_OF_MEMORY = "out_of_memory"
 
 News = Progress | Completed | Failed | Cancelled
-Waiting = dict[str, list[RequestRecord]]
-
-
-@dataclass
-class Running:
-    """An item that ranks work on."""
-
-    item: Encode | Denoise | Decode
-    started: float
-    predicted_s: float
-    waiting: set[int]
-    seconds: float = 0.0
-    failure: tuple[str, str] | None = None
-    alone: bool = False
-    """No other item runs beside it."""
-    measured: bool = False
-    """The prediction comes from items of this very kind, shape and batch."""
-    peak_bytes: int = 0
-    """Of the fullest rank that has reported."""
 
 
 @dataclass
@@ -111,12 +95,14 @@ class Scheduler:
     _active: dict[str, RequestRecord] = field(default_factory=dict)
     _queue: Queue = field(init=False)
     _fair: FairShare = field(init=False)
+    _planner: Planner = field(init=False)
     _gateways: Gateways = field(default_factory=Gateways)
     _deadlines: list[tuple[float, str]] = field(default_factory=list)
     _batch_caps: dict[Hashable, int] = field(default_factory=dict)
     """Batches that ran out of memory, halved."""
     _errands: Errands = field(default_factory=Errands)
     _drain_until: float = math.inf
+    _rejoin_until: float = -math.inf
     _time_up: bool = False
     """The drain's time is over: no item is started any more."""
     _news: list[tuple[bytes, News]] = field(default_factory=list)
@@ -126,9 +112,24 @@ class Scheduler:
 
     def __post_init__(self) -> None:
         self.memory = MemoryLedger(self.card)
-        self.predictions = Predictions(self.cost, self.layout)
+        self.predictions = Predictions(self.cost, self.card, self.layout, self.decode_on_all)
         self._queue = Queue(self.policy)
         self._fair = FairShare(self.weights)
+        self._planner = Planner(
+            self.card,
+            self.predictions,
+            self.limits,
+            self.policy,
+            self.max_active,
+            self.item_seconds,
+            self.decode_on_all,
+            self._active,
+            self._queue,
+            self._fair.clocks,
+            self._gateways,
+            self.memory,
+            self._batch_caps,
+        )
 
     # ---- events ----------------------------------------------------------------------------------------------
 
@@ -140,7 +141,8 @@ class Scheduler:
                 record.orphaned_until = math.inf
 
     def gateway_lost(self, gateway: bytes, now: float) -> None:
-        """Its requests go on to the end of their denoising; what nobody takes over until then ends."""
+        """Its requests go on, but no frames are made for it; those that no other takes over in time end, wherever they
+        are, and their checkpoints with them."""
         if self._gateways.lose(gateway):
             for record in [r for r in self._requests.values() if r.gateway == gateway]:
                 record.orphaned_until = now + ORPHAN_S
@@ -189,7 +191,13 @@ class Scheduler:
         self._errands.saved(request_id)
         record = self._requests.get(request_id)
         if record is not None and saved.step > record.resume_step:
+            queued = record in self._queue
+            if queued:
+                self._queue.remove(record)
             record.saved = saved
+            if queued:
+                record.step = record.saved_upto = saved.step
+                self._line_up(record)
 
     def checkpoint_failed(self, request_id: str) -> None:
         """The request goes on with the checkpoint that it has, or with none."""
@@ -197,6 +205,8 @@ class Scheduler:
 
     def drain(self, timeout_s: float | None, now: float) -> None:
         """Take no new work; after the timeout start no item any more either, and save what has not ended."""
+        if not self.draining and not self.ready:
+            self._rejoin_until = now + REJOIN_S
         self.draining = True
         if timeout_s is not None:
             self._drain_until = min(self._drain_until, now + timeout_s)
@@ -205,8 +215,9 @@ class Scheduler:
         """Nothing is left, or the time is up and what is left was saved."""
         if not self.draining or self.running:
             return False
+        done = not self._requests and now >= self._rejoin_until
         saved = not self._errands.saving or now >= self._drain_until + SAVE_S
-        return not self._requests or (self._time_up and saved)
+        return done or (self._time_up and saved)
 
     def completed(self, rank: int, seq: int, seconds: float, now: float, peak_bytes: int = 0) -> None:
         """A rank is done with an item; the item is over when all its ranks are."""
@@ -226,13 +237,15 @@ class Scheduler:
         """A rank could not do its item, but the group lives: the item's requests end when all its ranks reported."""
         running = self.running.get(seq)
         if running is not None:
-            running.failure = (code, reason)
+            # That memory ran out explains what the others say.
+            if running.failure is None or code == OUT_OF_MEMORY:
+                running.failure = (code, reason)
             self.completed(rank, seq, 0.0, now)
 
     def calibrate(self, measurements: tuple[Measurement, ...]) -> None:
         """What the ranks measured while they warmed up."""
         for measured in measurements:
-            self.cost.observe(measured.kind, measured.params, self.layout, 1, measured.seconds, measured.batch)
+            self.predictions.learn(measured.kind, measured.params, 1, measured.seconds, measured.batch)
 
     def group_ready(self, memory_budget: int | None = None) -> None:
         """Every rank has the model; `memory_budget` is what the poorest of them has for states, bytes."""
@@ -264,7 +277,7 @@ class Scheduler:
             if len(record.losses) >= GUILTY_AFTER and not self._is_over(record):
                 self.losses.explain(record.losses)
                 times = f"it ran while the workers died {len(record.losses)} times, the last time alone"
-                self._fail(record, "worker_lost", f"{reason} in {self._where(record)}; {times}", now)
+                self._fail(record, "worker_lost", f"{reason} in {record.where}; {times}", now)
             else:
                 record.alone = record.alone or len(record.losses) >= SUSPECT_AFTER
                 self._restart(record, now)
@@ -285,19 +298,14 @@ class Scheduler:
         busy = {rank for running in self.running.values() for rank in running.item.ranks}
         free = [rank for rank in self._all_ranks() if rank not in busy]
         stand_still = self._time_up or any(running.alone for running in self.running.values())
-        waiting = self._waiting(now) if self.ready and free and not stand_still else {}
-        while waiting and free and (item := self._next_item(waiting, free, now)) is not None:
-            records = list(self._records_of(item))
-            predicted = self.predictions.seconds(item, records[0].request.params)
-            self._charge(records, predicted * len(item.ranks))
-            alone, params = records[0].alone, records[0].request.params
-            measured = self.predictions.measured(item, params)
-            self.running[item.seq] = Running(item, now, predicted, set(item.ranks), alone=alone, measured=measured)
-            items.append(item)
-            if alone:
+        waiting = self._planner.waiting(now) if self.ready and free and not stand_still else {}
+        while waiting and free and (choice := self._choose(waiting, free)) is not None:
+            running = self._start(choice, now)
+            items.append(running.item)
+            if running.alone:
                 break
-            free = [rank for rank in free if rank not in item.ranks]
-            for key in {record.key for record in records} & waiting.keys():
+            free = [rank for rank in free if rank not in running.item.ranks]
+            for key in {record.key for record in self._records_of(running.item)} & waiting.keys():
                 waiting[key] = [record for record in waiting[key] if not record.running]
                 if not waiting[key]:
                     del waiting[key]
@@ -334,167 +342,64 @@ class Scheduler:
         """Predicted seconds until every accepted request is done, one after the other."""
         return sum(record.remaining_s for record in self._requests.values())
 
-    def _next_item(self, waiting: Waiting, free: list[int], now: float) -> Encode | Denoise | Decode | None:
+    def _choose(self, waiting: Waiting, free: list[int]) -> Choice | None:
+        """Whose turn it is and what for; the clocks learn who could run."""
         self._fair.wait(set(waiting))
-        admitting = True
-        for record in self._in_turn(waiting):
-            item: Encode | Denoise | Decode | None = None
-            if record.stage is Stage.QUEUED and not (admitting and self._has_room(record)):
-                # Whoever finds no room holds the door shut behind itself, or it would wait for ever.
-                admitting = False
-                continue
-            on_all = record.alone or record.stage is not Stage.DECODE or self.decode_on_all
-            if on_all and len(free) < self.layout.num_ranks:
-                # The whole mesh is due for this one: work for a single free rank would keep it waiting.
-                return None
-            if record.stage is Stage.DECODE:
-                item = self._plan_decode(record, free)
-                if item is None:
-                    continue
-            elif record.stage is Stage.QUEUED:
-                item = self._plan_encode(record, now)
-            else:
-                item = self._plan_denoise(record, waiting, admitting, now)
-            self._fair.serve(record.key)
-            return item
-        return None
+        choice = self._planner.choose(waiting, free)
+        if choice is not None:
+            self._fair.serve(choice.turn.key)
+        return choice
 
-    def _waiting(self, now: float) -> Waiting:
-        """Requests that could run, by key, in their turn; of those in line only each key's first."""
-        waiting: Waiting = {}
-        for record in self._active.values():
-            if not record.running and self._wants_ranks(record):
-                waiting.setdefault(record.key, []).append(record)
-        for record in self._queue.firsts(now):
-            waiting.setdefault(record.key, []).append(record)
-        for records in waiting.values():
-            if len(records) > 1:
-                records.sort(key=lambda record: turn(record, self.policy, now))
-        return waiting
+    def _start(self, choice: Choice, now: float) -> Running:
+        """Do what was chosen: the only place where requests enter the ranks' memory and an item."""
+        match choice:
+            case Enter():
+                item: Encode | Denoise | Decode = self._encode(choice.records, now)
+            case Step():
+                item = self._denoise(choice)
+            case Emit():
+                item = self._decode(choice)
+        turn, params = choice.turn, choice.turn.request.params
+        predicted_s = self.predictions.seconds(item, params)
+        self._charge(list(self._records_of(item)), predicted_s * len(item.ranks))
+        running = Running(item, now, predicted_s, set(item.ranks), alone=turn.alone, payer=turn.gateway)
+        running.measured = self.predictions.measured(item, params)
+        self.running[item.seq] = running
+        return running
 
-    def _wants_ranks(self, record: RequestRecord) -> bool:
-        if record.stage is Stage.DECODE:
-            return self._gateways.credits(record.gateway) > 0
-        return record.stage is not Stage.DELIVER
-
-    def _in_turn(self, waiting: Waiting) -> Iterator[RequestRecord]:
-        """First the key that is furthest behind."""
-        keys = [(self._fair.clocks[key], key) for key in waiting]
-        heapq.heapify(keys)
-        while keys:
-            _, key = heapq.heappop(keys)
-            yield from waiting[key]
-
-    def _has_room(self, record: RequestRecord) -> bool:
-        return len(self._active) < self.max_active and self.memory.admits(record)
-
-    def _plan_encode(self, first: RequestRecord, now: float) -> Encode:
-        """The first in line, with what was submitted together with it."""
-        group = (
-            record for record in self._queue.line(first.key) if record.group == first.group and record is not first
-        )
-        return self._encode(chain([first], group), self.max_active, now)
-
-    def _plan_denoise(self, first: RequestRecord, waiting: Waiting, admitting: bool, now: float) -> Encode | Denoise:
-        """A batch around the first; whoever could join it from the line is encoded before, if the door is open."""
-        params = first.request.params
-        key = self.card.batch_key(params, first.step)
-        budget = self._batch_budget(first, key)
-        batch = [first]
-        if budget > 1:
-            keys = self._sharing(first, key, waiting)
-            shared = [r for k in keys for r in waiting[k] if r is not first and self._fits(r, key)]
-            batch += [r for r in shared if r.stage is Stage.DENOISE][: budget - 1]
-            lines = self._queue.joinable(key)
-            keys = [k for k in keys if k in lines]
-            joining = next((r for k in keys for r in lines[k]), None) if admitting and len(batch) < budget else None
-            if joining is not None and self._has_room(joining):
-                return self._encode(chain.from_iterable(lines[k] for k in keys), budget - len(batch), now)
-        left = min(record.next_stop - record.step for record in batch)
-        steps = self._units(self.cost.predict("denoise", params, self.layout, len(batch)), left)
-        for record in batch:
+    def _encode(self, records: tuple[RequestRecord, ...], now: float) -> Encode:
+        for record in records:
+            self._queue.remove(record)
+            self._active[record.id] = record
+            self.memory.enter(record)
+            record.move(Stage.ENCODE, now)
             record.running = True
-        ids, previews = tuple(record.id for record in batch), tuple(self._previews(batch, steps))
-        return Denoise(self._next_seq(), self._all_ranks(), self.layout, ids, steps, previews)
+            self._report(record)
+        resume = {record.id: record.saved for record in records if record.saved is not None}
+        return Encode(self._next_seq(), self._all_ranks(), tuple(record.request for record in records), resume)
 
-    def _previews(self, batch: Iterable[RequestRecord], steps: int) -> Iterator[PreviewTo]:
+    def _denoise(self, chosen: Step) -> Denoise:
+        for record in chosen.records:
+            record.running = True
+        ids, previews = tuple(record.id for record in chosen.records), tuple(self._previews(chosen))
+        return Denoise(self._next_seq(), self._all_ranks(), self.layout, ids, chosen.steps, previews)
+
+    def _previews(self, chosen: Step) -> Iterator[PreviewTo]:
         """Those that are due after so many steps, for gateways that are there."""
-        for record in batch:
-            if record.step + steps in record.preview_steps and record.gateway in self._gateways:
+        for record in chosen.records:
+            if record.step + chosen.steps in record.preview_steps and record.gateway in self._gateways:
                 yield PreviewTo(record.id, self._gateways.endpoint(record.gateway), record.attempt)
 
-    def _batch_budget(self, first: RequestRecord, key: Hashable) -> int:
-        if first.alone:
-            return 1
-        budget = batch_budget(self.cost, self.limits, first.request.params, self.layout)
-        return min(budget, self._batch_caps.get(key, budget))
-
-    def _fits(self, record: RequestRecord, key: Hashable) -> bool:
-        if record.alone:
-            return False
-        if record.stage is Stage.DENOISE:
-            return self.card.batch_key(record.request.params, record.step) == key
-        return record.stage is Stage.QUEUED and record.batch_key == key
-
-    def _sharing(self, first: RequestRecord, key: Hashable, waiting: Waiting) -> list[str]:
-        """Keys that may share the first one's batch: those whose own first could, or they would be served past it, and
-        that are at most an item further ahead than a key that cannot and has to wait for the batch."""
-        clocks = self._fair.clocks
-        can = [k for k in waiting if k == first.key or self._fits(waiting[k][0], key)]
-        kept_waiting = min((clocks[k] for k in waiting.keys() - set(can)), default=math.inf)
-        # Whoever is behind the first has no room yet; it gains if all share while it waits.
-        ceiling = max(kept_waiting, clocks[first.key]) + self.item_seconds * self.layout.num_ranks
-        return sorted((k for k in can if clocks[k] <= ceiling), key=lambda k: (clocks[k], k))
-
-    def _encode(self, candidates: Iterable[RequestRecord], most: int, now: float) -> Encode:
-        """From the line into the ranks' memory, as many as find room and an item lasts; the first of them does."""
-        first, *others = islice(candidates, min(most, self.max_active))
-        most = self._units(self.cost.predict("encode", first.request.params, self.layout), most)
-        entered: list[RequestRecord] = []
-        for record in [first, *others]:
-            if len(entered) < most and self._has_room(record):
-                self._queue.remove(record)
-                self._active[record.id] = record
-                self.memory.enter(record)
-                record.move(Stage.ENCODE, now)
-                record.running = True
-                self._report(record)
-                entered.append(record)
-        resume = {record.id: record.saved for record in entered if record.saved is not None}
-        return Encode(self._next_seq(), self._all_ranks(), tuple(record.request for record in entered), resume)
-
-    def _plan_decode(self, record: RequestRecord, free: list[int]) -> Decode | None:
-        """The next chunks, on the rank where the decode is open, or on a free one with room for it.
-
-        A decode on all ranks is booked on the first: no other holds more.
-        """
-        credits = self._gateways.credits(record.gateway)
-        if credits < 1:
-            return None
+    def _decode(self, chosen: Emit) -> Decode:
+        record, chunks = chosen.turn, chosen.chunks
         if record.decode_rank is None:
-            # If the rank with the most room has too little, every other has.
-            rank = free[0] if self.decode_on_all else min(free, key=self.memory.held)
-            if self.memory.budget is None and not self.decode_on_all:
-                rank = next((r for r in free if self.memory.may_open_decode(record, r)), rank)
-            if not self.memory.may_open_decode(record, rank):
-                return None
-            record.decode_rank = rank
-            self.memory.open_decode(record, rank)
-        elif record.decode_rank not in free:
-            return None
-        # The first chunk goes alone, so that the first frame does not wait for its neighbours.
-        chunks = 1
-        if record.chunk > 0:
-            seconds = self.cost.predict("decode", record.request.params, self.layout)
-            chunks = min(self._units(seconds, record.total_chunks - record.chunk), credits)
+            record.decode_rank = chosen.rank
+            self.memory.open_decode(record, chosen.rank)
         self._gateways.spend(record.gateway, chunks)
         record.running = True
-        ranks = self._all_ranks() if self.decode_on_all else (record.decode_rank,)
+        ranks = self._all_ranks() if self.decode_on_all else (chosen.rank,)
         endpoint = self._gateways.endpoint(record.gateway)
         return Decode(self._next_seq(), ranks, record.id, chunks, endpoint, record.chunk, record.attempt)
-
-    def _units(self, seconds: float, left: int) -> int:
-        return max(1, min(left, round(self.item_seconds / seconds)))
 
     def _save_at_the_end(self, now: float) -> None:
         """A drain whose time is up writes what it cannot finish."""
@@ -519,7 +424,7 @@ class Scheduler:
                 continue
             if record.deadline <= now:
                 timeout = record.request.timeout_s
-                self.cancel(request_id, f"its timeout of {timeout:g} s passed in {self._where(record)}", now)
+                self.cancel(request_id, f"its timeout of {timeout:g} s passed in {record.where}", now)
             elif record.orphaned_until <= now:
                 self.cancel(request_id, "its gateway is gone", now)
 
@@ -536,7 +441,7 @@ class Scheduler:
         for record in [r for r in self._requests.values() if r.stage is Stage.QUEUED]:
             too_large = self.memory.refusal(record)
             if too_large is not None:
-                self._fail(record, "out_of_memory", too_large, now)
+                self._fail(record, OUT_OF_MEMORY, too_large, now)
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------
 
@@ -544,19 +449,27 @@ class Scheduler:
         """A new request: into its key's line, or refused."""
         self._requests[record.id] = record
         record.total_chunks = len(self.card.decode_chunks(record.request.params))
-        record.saved = self.found.claim(record.id)
-        record.step = record.saved_upto = record.resume_step
         self.memory.measure(record)
         refusal = self._refusal(record)
         if refusal is not None:
+            # Its checkpoint stays: another gateway may hand it in, or the next life.
             self._fail(record, *refusal, now)
             return
-        if record.request.timeout_s is not None:
-            heapq.heappush(self._deadlines, (record.deadline, record.id))
+        record.saved = self.found.claim(record.id)
+        record.step = record.saved_upto = record.resume_step
+        too_large = self.memory.refusal(record)
+        if too_large is not None:
+            self._fail(record, OUT_OF_MEMORY, too_large, now)
+            return
+        self._watch_deadline(record)
         self._line_up(record)
 
+    def _watch_deadline(self, record: RequestRecord) -> None:
+        if record.request.timeout_s is not None:
+            heapq.heappush(self._deadlines, (record.deadline, record.id))
+
     def _line_up(self, record: RequestRecord) -> None:
-        can_join = not record.alone and record.step < record.total_steps
+        can_join = not (record.alone or record.sole) and record.step < record.total_steps
         record.batch_key = self.card.batch_key(record.request.params, record.step) if can_join else None
         record.remaining_s = self.predictions.remaining(record)
         self._queue.add(record)
@@ -568,6 +481,8 @@ class Scheduler:
         record.gateway = gateway
         record.orphaned_until = math.inf
         record.cancel_reason, record.stored = None, False
+        # It may have passed, and the cancel with it.
+        self._watch_deadline(record)
         record.attempt = max(record.attempt, attempt) + 1
         if record.stage is Stage.DELIVER:
             record.move(Stage.DECODE, now)
@@ -592,13 +507,13 @@ class Scheduler:
         self._line_up(record)
 
     def _refusal(self, record: RequestRecord) -> tuple[str, str] | None:
-        """(code, reason) for what cannot be taken."""
-        if self.draining:
+        """(code, reason) for what cannot be taken. What was accepted before is taken by a draining mesh too."""
+        accepted = record.request.attempt > 0 or record.id in self.found.saved
+        if self.draining and not accepted:
             return "draining", "the server is shutting down and takes no new work"
         if record.gateway not in self._gateways:
             return "gateway_lost", "its gateway was given up; nobody would take the frames"
-        too_large = self.memory.refusal(record)
-        return ("out_of_memory", too_large) if too_large is not None else None
+        return None
 
     def _finish(self, running: Running, now: float) -> None:
         item = running.item
@@ -607,7 +522,7 @@ class Scheduler:
             record.running = False
         if running.failure is not None:
             if isinstance(item, Decode):
-                self._gateways.give_back(records[0].gateway, item.chunks)
+                self._gateways.give_back(running.payer, item.chunks)
             self._item_failed(item, records, *running.failure, now)
             return
         self._book(running, records)
@@ -630,20 +545,14 @@ class Scheduler:
         self, item: Encode | Denoise | Decode, records: list[RequestRecord], code: str, reason: str, now: float
     ) -> None:
         """Its states may be half done: they start again, in smaller company; what fails alone fails."""
-        blame = len(records) == 1
-        if code == "checkpoint_unusable":
-            blame = False
-            for record in records:
-                record.saved = None
-        elif code == OUT_OF_MEMORY and isinstance(item, Denoise) and len(records) > 1:
+        verdict = judge(item, code, len(self._active))
+        if verdict is Verdict.IN_SMALLER_BATCHES:
             self._batch_caps[self.card.batch_key(records[0].request.params, records[0].step)] = len(records) // 2
-        elif len(records) > 1 or (code == OUT_OF_MEMORY and len(self._active) > 1 and not records[0].alone):
-            # Beside the states of others it may have been the last straw.
-            blame = False
-            for record in records:
-                record.alone = True
         for record in records:
-            if blame and not self._is_over(record):
+            record.saved = None if verdict is Verdict.WITHOUT_CHECKPOINT else record.saved
+            record.alone = record.alone or verdict is Verdict.ALONE
+            record.sole = record.sole or verdict is Verdict.SOLE
+            if verdict is Verdict.FAILS and not self._is_over(record):
                 advice = f"; {self.memory.advice(record, item_size(item)[0])}" if code == OUT_OF_MEMORY else ""
                 self._fail(record, code, reason + advice, now)
             else:
@@ -670,14 +579,7 @@ class Scheduler:
         record.remaining_s = self.predictions.remaining(record)
 
     def _records_of(self, item: Encode | Denoise | Decode) -> Iterator[RequestRecord]:
-        match item:
-            case Encode():
-                ids = tuple(request.id for request in item.requests)
-            case Denoise():
-                ids = item.request_ids
-            case Decode():
-                ids = (item.request_id,)
-        return (self._requests[request_id] for request_id in ids if request_id in self._requests)
+        return (self._requests[request_id] for request_id in request_ids(item) if request_id in self._requests)
 
     def _is_over(self, record: RequestRecord) -> bool:
         return record.stored or record.cancel_reason is not None
@@ -701,7 +603,8 @@ class Scheduler:
         assert stage in ENDED
         if record in self._queue:
             self._queue.remove(record)
-        if record.stage in ACTIVE or record.saved is not None:
+        # Ranks that died may have made a state durable that we have yet to hear of.
+        if record.entered or record.saved is not None:
             self._errands.ended(record.id)
         if record.stage in ACTIVE:
             self._leave_ranks(record)
@@ -719,13 +622,6 @@ class Scheduler:
             done, total = record.chunk, record.total_chunks
         position, eta = self.outlook(record)
         self._news.append((record.gateway, Progress(record.id, str(record.stage), done, total, eta, position)))
-
-    def _where(self, record: RequestRecord) -> str:
-        if record.stage is Stage.DENOISE:
-            return f"denoising, after step {record.step} of {record.total_steps}"
-        if record.stage is Stage.DECODE:
-            return f"decoding, after chunk {record.chunk} of {record.total_chunks}"
-        return f"the {record.stage} stage"
 
     def _all_ranks(self) -> tuple[int, ...]:
         return tuple(range(self.layout.num_ranks))

@@ -25,7 +25,8 @@ from runtime.protocol import (
     WorkerHello,
 )
 from runtime.request import RequestRecord, Stage
-from runtime.scheduler import Running, Scheduler
+from runtime.running import Running, request_ids
+from runtime.scheduler import Scheduler
 
 MOST_QUEUED = 50
 """Queued requests that a snapshot names; the rest are counted."""
@@ -120,7 +121,7 @@ def _rank(
         entry.ready,
         silent,
         _doing(number, running),
-        _ids(running.item),
+        request_ids(running.item),
         now - running.started,
         running.predicted_s,
         held,
@@ -167,16 +168,6 @@ def _job(scheduler: Scheduler, record: RequestRecord, now: float) -> JobStatus:
         record.request.priority,
         record.cancel_reason is not None,
     )
-
-
-def _ids(item: Encode | Denoise | Decode) -> tuple[str, ...]:
-    match item:
-        case Encode():
-            return tuple(request.id for request in item.requests)
-        case Denoise():
-            return item.request_ids
-        case Decode():
-            return (item.request_id,)
 
 
 def _count(number: int, word: str) -> str:

@@ -33,7 +33,9 @@ class Weights(msgspec.Struct, frozen=True):
     """Bytes of a model's weights in the precisions that they are served in."""
 
     denoiser: float
-    largest_block: float
+    gathered: float
+    """Most that a rank has whole of them where they are sharded: of the module that runs its root, the block that
+    computes, and the next one with the buffer that it comes in."""
     blocks: int
     encoders: float
     vae: float
@@ -97,7 +99,8 @@ class Tuner:
         work = work_of(self.card, self.configs, params)
         for layout in layouts(num_ranks, work):
             yield Candidate(layout)
-            if num_ranks > 1:
+            # Every forward gathers weights from all ranks, so all have to run equally many.
+            if num_ranks > 1 and work.branches % layout.cfg == 0:
                 yield Candidate(layout, fsdp=True)
 
     def predict(self, candidate: Candidate, params: ResolvedParams) -> Prediction:
@@ -122,8 +125,7 @@ class Tuner:
         weights, layout = self.weights, candidate.layout
         held = weights.denoiser + weights.encoders
         if candidate.fsdp:
-            # Beside the share: the block that computes, and the next one in its buffer.
-            held = held / layout.num_ranks + 3 * weights.largest_block
+            held = held / layout.num_ranks + weights.gathered
         work = work_of(self.card, self.configs, params)
         rows = -(-work.branches // layout.cfg) // forwards(work, layout)
         tokens = -(-work.tokens // layout.sp)

@@ -20,11 +20,16 @@ def own_logging():
 
 
 @pytest.fixture(scope="session")
-def mesh():
-    """A Generator over two ranks with the demo model."""
+def mesh(tmp_path_factory):
+    """A Generator over two ranks that share the demo model's tokens, which writes down its items."""
     from framemesh import Generator
 
-    with Generator.from_pretrained("demo", num_gpus=2) as generator:
+    folder = tmp_path_factory.mktemp("mesh")
+    # Holds for no machine, but as long as the ranks have not told their memory for every one.
+    rules = folder / "rules.yaml"
+    rules.write_text("- {max_batch_size: 1, device_memory_gb_min: 1000000}")
+    written = {"trace_path": str(folder / "trace.jsonl"), "batching_config": str(rules)}
+    with Generator.from_pretrained("demo", num_gpus=2, ulysses_degree=2, **written) as generator:
         yield generator
 
 

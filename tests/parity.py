@@ -1,24 +1,21 @@
-"""The parity matrix: family x layout x shape x batching against the family's own diffusers pipeline, each cell with a
-fault that must show. As a program (`make parity`) it runs every cell and writes bench/results/parity.json and
-docs/parity.md.
+"""The parity matrix: family x mesh x heads x shape x batching against the family's own diffusers pipeline, each cell
+with a fault that must show; and what bf16 loses on some of the meshes, against what it costs diffusers.
 """
 
 import itertools
 import json
-import sys
+import math
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import numpy as np
-import tiny_flux
-import tiny_qwen_image
 import torch
 from mutations import mutations_of
-from ranks import ROOT, run_ranks
+from parity_families import FAMILIES, HEADS, SHAPES, Case
+from ranks import run_ranks
 from safetensors.torch import load_file
-from tiny_wan import build_tiny_wan, load_pipeline, reference
 
 from runtime.layout import Layout, layout_for
 from runtime.models.card import card_for, read_configs
@@ -27,167 +24,126 @@ BOUND = 1e-4
 """Largest difference of fp32 latents; a fault must exceed it 100-fold."""
 AIM = 1e-5
 FAULT = 100 * BOUND
-
-LAYOUTS = [
-    *(Layout(1, 1, 1), Layout(1, 1, 2), Layout(1, 2, 1), Layout(2, 1, 1)),
-    *(Layout(1, 2, 2), Layout(2, 1, 2), Layout(2, 2, 1), Layout(1, 1, 4), Layout(1, 4, 1)),
-]
+HALF_BOUND = 1.25
+"""Largest RMS error of bf16 latents, in those of diffusers in bf16; both against diffusers in fp32."""
+SEEDS = range(5)
 MODES = ("alone", "batched")
 
 
-class Family(Protocol):
-    """What the matrix needs of a model family; a new one is a row of `FAMILIES`."""
+@dataclass(frozen=True)
+class Mesh:
+    """Ranks that run a request together, and over how many of them the weights are sharded."""
 
-    name: str
-    heads: tuple[int, ...]
-    """Head counts to build; one that divides by no degree is among them."""
-    scale: str
-    """The field that decides over guidance branches."""
-    cases: dict[str, dict[str, Any]]
-    """Shape -> a request: fields of `SamplingParams`, `steps` and `guidance` for short. One is called "odd"."""
+    layout: Layout
+    shards: int = 1
 
-    def build(self, folder: Path, heads: int) -> Path:
-        """A tiny pipeline in the real folder layout, every parameter random."""
-        ...
+    @property
+    def num_ranks(self) -> int:
+        return max(self.layout.num_ranks, self.shards)
 
-    def load(self, folder: Path) -> Any:
-        """diffusers' own pipeline, fp32."""
-        ...
+    @property
+    def title(self) -> str:
+        degrees = {"fsdp": self.shards} | {name: getattr(self.layout, name) for name in ("cfg", "ring", "ulysses")}
+        return " x ".join(f"{name} {degree}" for name, degree in degrees.items() if degree > 1) or "1 rank"
 
-    def reference(self, pipeline: Any, case: dict[str, Any]) -> tuple[torch.Tensor, np.ndarray]:
-        """(latents in the shape of RequestState.latents, frames uint8 (T, H, W, 3)) of the pipeline."""
-        ...
+    @property
+    def name(self) -> str:
+        return self.title.replace(" x ", "-").replace(" ", "")
 
 
-class Wan:
-    """Text to video; padding of the text is a bias of its cross-attention."""
-
-    name = "wan"
-    heads = (4, 3)
-    scale = "guidance"
-    cases: ClassVar = {
-        "even": {"prompt": "a red circle moving right", "seed": 3, "height": 32, "width": 32, "num_frames": 9},
-        "odd": {"prompt": "a star", "seed": 4, "height": 48, "width": 48, "num_frames": 9},
-        "still": {"prompt": "a star", "seed": 5, "height": 16, "width": 48, "num_frames": 1},
-        "masked": {
-            "prompt": "a box",
-            "negative_prompt": "blurry &amp; dull, a red circle moving right, a blue square getting bigger",
-            "seed": 7,
-            "height": 32,
-            "width": 48,
-            "num_frames": 5,
-        },
-        "unguided": {"prompt": "a box", "seed": 6, "height": 32, "width": 32, "num_frames": 5, "guidance": 1.0},
-    }
-    """Tokens: 12, 27, 3, 12, 8. Three tokens on four ranks leave one rank without any."""
-
-    def build(self, folder, heads):
-        return build_tiny_wan(folder, heads=heads)
-
-    def load(self, folder):
-        return load_pipeline(folder)
-
-    def reference(self, pipeline, case):
-        caught = {}
-
-        def catch(pipeline, step, timestep, tensors):
-            caught.update(tensors)
-            return {}
-
-        pictures = reference(pipeline, case, "pil", callback_on_step_end=catch)[0]
-        return caught["latents"], np.stack([np.asarray(picture) for picture in pictures])
+ULYSSES, RING, CFG, USP = Layout(1, 1, 2), Layout(1, 2, 1), Layout(2, 1, 1), Layout(1, 2, 2)
+CFG_ULYSSES, CFG_RING, ULYSSES_4, RING_4 = Layout(2, 1, 2), Layout(2, 2, 1), Layout(1, 1, 4), Layout(1, 4, 1)
+COMBINED = [*map(Mesh, (CFG_RING, ULYSSES_4, RING_4)), Mesh(CFG_ULYSSES, 4)]
+"""Of these every shape and head count runs either alone or batched, in turns."""
+MESHES = [
+    *map(Mesh, (Layout(), ULYSSES, RING, CFG, USP, CFG_ULYSSES)),
+    *(Mesh(Layout(), 2), Mesh(ULYSSES, 2)),
+    *COMBINED,
+]
+HALF_MESHES = [*map(Mesh, (Layout(), ULYSSES, RING, CFG, USP)), Mesh(ULYSSES, 2)]
 
 
-class Still:
-    """What the image families have in common: text and picture are joined in every attention."""
+class Run:
+    """What both kinds of entries are to the ranks; they add family, heads, mesh and fault."""
 
-    heads = (4, 3)
-    scale = "true_cfg_scale"
-    cases: ClassVar = {
-        "even": {"prompt": "a red circle", "negative_prompt": "a square", "seed": 3, "height": 64, "width": 64},
-        "odd": {"prompt": "a star", "negative_prompt": "a red circle", "seed": 4, "height": 48, "width": 80},
-        "still": {"prompt": "a star", "negative_prompt": "", "seed": 5, "height": 16, "width": 48},
-        "masked": {
-            "prompt": "a star",
-            "negative_prompt": "a red circle moving right, a star over the sea; a big blue square, very bright!",
-            "seed": 7,
-            "height": 32,
-            "width": 48,
-        },
-        "unguided": {"prompt": "a box", "seed": 6, "height": 32, "width": 64, "true_cfg_scale": 1.0},
-    }
-    """Tokens of the picture: 16, 15, 3, 6, 8. Three tokens on four ranks leave one rank without any."""
+    family: str
+    heads: int
+    mesh: Mesh
+    fault: str
+    precision = "fp32"
 
-    def __init__(self, tiny: Any) -> None:
-        self._tiny = tiny
+    @property
+    def folder(self) -> str:
+        return f"{self.family}{self.heads}"
 
-    def load(self, folder):
-        return self._tiny.load_pipeline(folder)
+    @property
+    def model(self) -> dict[str, Any]:
+        """How the ranks load it."""
+        return {"use_fsdp_inference": self.mesh.shards > 1, "dit_precision": self.precision}
 
-    def reference(self, pipeline, case):
-        words = {"num_inference_steps" if name == "steps" else name: value for name, value in case.items()}
-        picture = self._tiny.reference(pipeline, words, "pil")[0]
-        return self._tiny.reference(pipeline, words), np.asarray(picture)[None]
+    @property
+    def model_name(self) -> str:
+        return f"{self.folder}-{self.precision}-{'sharded' if self.mesh.shards > 1 else 'whole'}"
 
-
-class Flux(Still):
-    """Text and picture in streams of their own, then in one."""
-
-    name = "flux"
-
-    def build(self, folder, heads):
-        return self._tiny.build_tiny_flux(folder, heads=heads)
-
-
-class QwenImage(Still):
-    """Texts of different lengths are padded and masked."""
-
-    name = "qwen_image"
-
-    def build(self, folder, heads):
-        return self._tiny.build_tiny_qwen_image(folder, heads=heads)
-
-
-FAMILIES: dict[str, Family] = {"wan": Wan(), "flux": Flux(tiny_flux), "qwen_image": QwenImage(tiny_qwen_image)}
+    def both(self, name: str, requests: list[Case]) -> list[dict[str, Any]]:
+        """One right run and one with the fault."""
+        layout = self.mesh.layout
+        run = {
+            "model": self.model_name,
+            "layout": [layout.cfg, layout.ring, layout.ulysses],
+            "requests": requests,
+        }
+        mutations = {"right": "none", "wrong": self.fault}
+        return [run | {"name": f"{kind}/{name}", "mutation": mutation} for kind, mutation in mutations.items()]
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(Run):
     """One entry of the matrix."""
 
     family: str
     heads: int
-    layout: Layout
+    mesh: Mesh
     shape: str
     mode: str
     fault: str
 
     @property
     def name(self) -> str:
-        mesh = f"cfg{self.layout.cfg}-ring{self.layout.ring}-ulysses{self.layout.ulysses}"
-        return f"{self.model}-{mesh}-{self.shape}-{self.mode}"
+        return f"{self.folder}-{self.mesh.name}-{self.shape}-{self.mode}"
 
     @property
-    def model(self) -> str:
-        return f"{self.family}{self.heads}"
-
-    @property
-    def requests(self) -> list[dict[str, Any]]:
+    def requests(self) -> list[Case]:
         """The cell's own request; batched, a second one joins it three steps later."""
         family = FAMILIES[self.family]
-        first = {"steps": 8, family.scale: 4.0} | family.cases[self.shape]
-        if self.mode == "alone":
-            return [first]
-        scale = min(first[family.scale], 2.5)
-        return [first, first | {"prompt": "two green triangles", "seed": first["seed"] + 50, family.scale: scale}]
+        requests = [family.request(self.shape), family.companion(self.shape)]
+        return requests if self.mode == "batched" else requests[:1]
 
     def runs(self) -> list[dict[str, Any]]:
-        layout = [self.layout.cfg, self.layout.ring, self.layout.ulysses]
-        run = {"model": self.model, "layout": layout, "requests": self.requests}
-        return [
-            run | {"name": f"right/{self.name}", "mutation": "none"},
-            run | {"name": f"wrong/{self.name}", "mutation": self.fault},
-        ]
+        return self.both(self.name, self.requests)
+
+
+@dataclass(frozen=True)
+class Half(Run):
+    """One row of the bf16 table: the odd number of tokens, alone, over some seeds."""
+
+    family: str
+    mesh: Mesh
+    fault: str
+    heads: int = HEADS[0]
+    precision: str = "bf16"
+
+    @property
+    def name(self) -> str:
+        return f"bf16-{self.folder}-{self.mesh.name}"
+
+    @property
+    def requests(self) -> list[Case]:
+        return [FAMILIES[self.family].request("odd") | {"seed": seed} for seed in SEEDS]
+
+    def runs(self) -> list[dict[str, Any]]:
+        requests = enumerate(self.requests)
+        return [run for seed, request in requests for run in self.both(f"{self.name}/{seed}", [request])]
 
 
 @dataclass
@@ -196,46 +152,103 @@ class Outcome:
 
     cell: str
     fault: str
-    difference: float
+    difference: float = 0.0
     """Of the latents from diffusers', largest over requests."""
-    fault_difference: float
-    shades: int = 0
-    """Of the frames, of 255; -1 where none were decoded."""
+    fault_difference: float = 0.0
+    shades: int | None = None
+    """Of the frames, of 255; None where none were decoded."""
     ranks_equal: bool = True
 
     @property
     def right(self) -> bool:
-        return self.difference <= BOUND and self.shades <= 1 and self.ranks_equal and self.fault_difference > FAULT
+        return self.difference <= BOUND and not (self.shades or 0) > 1 and self.ranks_equal
+
+    @property
+    def noticed(self) -> bool:
+        return self.fault_difference > FAULT
 
 
-def cells(families=None, full=True):
-    """The matrix; not full, a few cells of every layout that cover each shape, head count and mode."""
-    turns = itertools.count()
+@dataclass
+class HalfOutcome:
+    """RMS errors of a row against diffusers in fp32, one per seed."""
+
+    row: str
+    fault: str
+    ours: list[float] = field(default_factory=list)
+    diffusers: list[float] = field(default_factory=list)
+    faulty: list[float] = field(default_factory=list)
+
+    @property
+    def ratio(self) -> float:
+        return pooled(self.ours) / pooled(self.diffusers)
+
+    @property
+    def ratios(self) -> list[float]:
+        """Seed by seed."""
+        return [ours / theirs for ours, theirs in zip(self.ours, self.diffusers, strict=True)]
+
+    @property
+    def fault_ratio(self) -> float:
+        return pooled(self.faulty) / pooled(self.diffusers)
+
+    @property
+    def right(self) -> bool:
+        return self.ratio <= HALF_BOUND
+
+    @property
+    def noticed(self) -> bool:
+        return self.fault_ratio > HALF_BOUND
+
+
+def pooled(errors: list[float]) -> float:
+    return math.sqrt(sum(error**2 for error in errors) / len(errors))
+
+
+def cells(families: list[str] | None = None, *, full: bool = True) -> list[Cell]:
+    """The matrix; not full, a few cells of every mesh that cover each shape, head count, mode and fault."""
     found = []
-    for family in (FAMILIES[name] for name in families or FAMILIES):
-        for place, layout in enumerate(LAYOUTS):
-            every = list(itertools.product(family.heads, family.cases, MODES))
-            # 7 has no factor in common with the number of entries: every layout gets others.
-            some = 4 if family.name == "wan" else 2
-            chosen = every if full else [every[(place + 7 * i) % len(every)] for i in range(some)]
-            for heads, shape, mode in chosen:
-                found.append(
-                    Cell(family.name, heads, layout, shape, mode, _fault(family, layout, heads, shape, next(turns)))
-                )
+    for family in families or FAMILIES:
+        for place, mesh in enumerate(MESHES):
+            every = [Cell(family, *entry, _fault(family, *entry)) for entry in _entries(mesh)]
+            # 7 has no factor in common with the number of entries: every mesh gets others.
+            some = 3 if family == "wan" else 2
+            found += every if full else [every[(place + 7 * i) % len(every)] for i in range(some)]
     return found
 
 
-def _fault(family, layout, heads, shape, turn):
-    """One of those that this layout shows; a request without guidance runs on the folded one."""
+def _entries(mesh: Mesh) -> list[tuple[int, Mesh, str, str]]:
+    turns = itertools.product(enumerate(HEADS), enumerate(SHAPES), enumerate(MODES))
+    return [
+        (heads, mesh, shape, mode)
+        for (i, heads), (j, shape), (k, mode) in turns
+        if mesh not in COMBINED or (i + j + k) % 2 == 0
+    ]
 
-    class Card:
-        pass
 
-    card = Card()
-    card.heads = heads
-    guided = family.cases[shape].get(family.scale, 4.0) > 1
-    faults = mutations_of(layout if guided else layout_for(layout, 1, card))
-    return faults[turn % len(faults)]
+def _fault(family: str, heads: int, mesh: Mesh, shape: str, mode: str) -> str:
+    """One of those that the mesh shows; a request without guidance runs on the folded layout."""
+    guided = FAMILIES[family].guided(shape)
+    layout = mesh.layout if guided else layout_for(mesh.layout, 1, _Heads(heads))
+    # With guidance groups a request alone has nothing to be padded to.
+    masked = FAMILIES[family].masks and shape == "masked" and (layout.cfg == 1 or mode == "batched")
+    faults = mutations_of(layout, sharded=mesh.shards > 1, masked=masked)
+    return faults[(SHAPES.index(shape) + MODES.index(mode)) % len(faults)]
+
+
+@dataclass(frozen=True)
+class _Heads:
+    heads: int
+
+
+def halves(families: list[str] | None = None, *, full: bool = True) -> list[Half]:
+    """The rows of the bf16 table; not full, on one rank and on two."""
+    meshes = HALF_MESHES if full else HALF_MESHES[:2]
+    return [Half(family, mesh, _half_fault(mesh)) for family in families or FAMILIES for mesh in meshes]
+
+
+def _half_fault(mesh: Mesh) -> str:
+    """Also one rank has branches to exchange; its timestep is what bf16 rounds worst."""
+    return mutations_of(mesh.layout, sharded=mesh.shards > 1)[-1] if mesh.num_ranks > 1 else "branches"
 
 
 class Matrix:
@@ -243,35 +256,47 @@ class Matrix:
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._pipelines: dict[str, tuple[Path, Any]] = {}
+        self._folders: dict[str, Path] = {}
+        self._pipelines: dict[tuple[str, torch.dtype], Any] = {}
         self._answers: dict[str, tuple[torch.Tensor, np.ndarray]] = {}
+        self._rounded: dict[str, torch.Tensor] = {}
 
-    def folder_of(self, cell: Cell) -> Path:
-        return self._pipeline(cell)[0]
+    def run(self, chosen: list[Cell], rows: list[Half], num_ranks: int) -> tuple[list[Outcome], list[HalfOutcome]]:
+        """All entries of meshes with so many ranks, in one group of processes."""
+        chosen, rows = ([entry for entry in of if entry.mesh.num_ranks == num_ranks] for of in (chosen, rows))
+        models = {e.model_name: e.model | {"folder": str(self.folder_of(e))} for e in [*chosen, *rows]}
+        runs = [run for entry in [*chosen, *rows] for run in entry.runs()]
+        ranks = generate(self._folder, num_ranks, models, runs)
+        return [self._outcome(cell, ranks) for cell in chosen], [self._half_outcome(row, ranks) for row in rows]
 
-    def run(self, chosen: list[Cell], num_ranks: int) -> list[Outcome]:
-        """All cells of layouts with so many ranks, in one group of processes."""
-        mine = [cell for cell in chosen if cell.layout.num_ranks == num_ranks]
-        models = {cell.model: str(self.folder_of(cell)) for cell in mine}
-        ranks = generate(self._folder, num_ranks, models, [run for cell in mine for run in cell.runs()])
-        return [self._outcome(cell, ranks) for cell in mine]
+    def folder_of(self, entry: Run) -> Path:
+        if entry.folder not in self._folders:
+            folder = FAMILIES[entry.family].build(self._folder / entry.folder, heads=entry.heads)
+            assert card_for(read_configs(folder)).heads == entry.heads
+            self._folders[entry.folder] = folder
+        return self._folders[entry.folder]
 
-    def answer(self, cell: Cell, case: dict[str, Any]) -> tuple[torch.Tensor, np.ndarray]:
-        key = cell.model + json.dumps(case, sort_keys=True)
+    def answer(self, entry: Run, case: Case) -> tuple[torch.Tensor, np.ndarray]:
+        """(latents, frames) by diffusers in fp32."""
+        key = entry.folder + json.dumps(case, sort_keys=True)
         if key not in self._answers:
-            self._answers[key] = FAMILIES[cell.family].reference(self._pipeline(cell)[1], case)
+            self._answers[key] = FAMILIES[entry.family].reference(self._pipeline(entry, torch.float32), case)
         return self._answers[key]
 
-    def _pipeline(self, cell: Cell) -> tuple[Path, Any]:
-        if cell.model not in self._pipelines:
-            family = FAMILIES[cell.family]
-            folder = family.build(self._folder / cell.model, cell.heads)
-            assert card_for(read_configs(folder)).heads == cell.heads
-            self._pipelines[cell.model] = folder, family.load(folder)
-        return self._pipelines[cell.model]
+    def rounded(self, entry: Run, case: Case) -> torch.Tensor:
+        """Latents by diffusers in bf16."""
+        key = entry.folder + json.dumps(case, sort_keys=True)
+        if key not in self._rounded:
+            self._rounded[key] = FAMILIES[entry.family].rounded(self._pipeline(entry, torch.bfloat16), case)
+        return self._rounded[key]
+
+    def _pipeline(self, entry: Run, dtype: torch.dtype) -> Any:
+        if (entry.folder, dtype) not in self._pipelines:
+            self._pipelines[entry.folder, dtype] = FAMILIES[entry.family].load(self.folder_of(entry), dtype)
+        return self._pipelines[entry.folder, dtype]
 
     def _outcome(self, cell: Cell, ranks: list[dict[str, torch.Tensor]]) -> Outcome:
-        outcome = Outcome(cell.name, cell.fault, 0.0, 0.0)
+        outcome = Outcome(cell.name, cell.fault)
         for index, case in enumerate(cell.requests):
             latents, frames = self.answer(cell, case)
             right, wrong = (f"{kind}/{cell.name}/{index}" for kind in ("right", "wrong"))
@@ -280,7 +305,17 @@ class Matrix:
                 outcome.difference = max(outcome.difference, distance(tensors[f"{right}/latents"], latents))
                 outcome.fault_difference = max(outcome.fault_difference, distance(tensors[f"{wrong}/latents"], latents))
                 if f"{right}/frames" in tensors:
-                    outcome.shades = max(outcome.shades, shades(tensors[f"{right}/frames"], frames))
+                    outcome.shades = max(outcome.shades or 0, shades(tensors[f"{right}/frames"], frames))
+        return outcome
+
+    def _half_outcome(self, row: Half, ranks: list[dict[str, torch.Tensor]]) -> HalfOutcome:
+        outcome = HalfOutcome(row.name, row.fault)
+        for seed, case in enumerate(row.requests):
+            exact = self.answer(row, case)[0]
+            right, wrong = (f"{kind}/{row.name}/{seed}/0/latents" for kind in ("right", "wrong"))
+            outcome.diffusers.append(rms(self.rounded(row, case), exact))
+            outcome.ours.append(max(rms(tensors[right], exact) for tensors in ranks))
+            outcome.faulty.append(max(rms(tensors[wrong], exact) for tensors in ranks))
         return outcome
 
 
@@ -289,76 +324,19 @@ def distance(found: torch.Tensor, right: torch.Tensor) -> float:
     return (found - right).abs().max().nan_to_num(torch.inf).item()
 
 
+def rms(found: torch.Tensor, right: torch.Tensor) -> float:
+    assert found.shape == right.shape
+    return (found.double() - right.double()).square().mean().sqrt().nan_to_num(torch.inf).item()
+
+
 def shades(found: torch.Tensor, right: np.ndarray) -> int:
     return int(np.abs(found.numpy().astype(int) - right.astype(int)).max())
 
 
-def generate(folder: Path, num_ranks: int, models: dict[str, str], runs: list[dict[str, Any]]):
+def generate(folder: Path, num_ranks: int, models: dict[str, dict[str, Any]], runs: list[dict[str, Any]]):
     """Every rank's tensors: `run/request index/latents` and, for whom ran alone and right, `…/frames`."""
     with tempfile.TemporaryDirectory(dir=folder) as place:
         plan = Path(place, "plan.json")
         plan.write_text(json.dumps({"models": models, "runs": runs}))
-        run_ranks(num_ranks, "ranks_generate.py", str(plan), place, timeout_s=60.0 + 5.0 * len(runs))
+        run_ranks(num_ranks, "ranks_generate.py", str(plan), place, timeout_s=120.0 + 5.0 * len(runs))
         return [load_file(Path(place, f"rank{rank}.safetensors")) for rank in range(num_ranks)]
-
-
-# ---- the report --------------------------------------------------------------------------------------------------
-
-
-def table(chosen: list[Cell], outcomes: list[Outcome]) -> list[str]:
-    """Markdown: a row per family and layout, a column per shape; the largest difference over heads and batching."""
-    by_cell = {outcome.cell: outcome for outcome in outcomes}
-    shapes = list(dict.fromkeys(cell.shape for cell in chosen))
-    lines = [f"| family | layout | {' | '.join(shapes)} | batched | smallest fault |", "|---" * (len(shapes) + 4) + "|"]
-    for family, layout in dict.fromkeys((cell.family, cell.layout) for cell in chosen):
-        row = [cell for cell in chosen if (cell.family, cell.layout) == (family, layout)]
-
-        def worst(of):
-            return f"{max(by_cell[cell.name].difference for cell in of):.1e}" if of else ""
-
-        entries = [worst([cell for cell in row if cell.shape == shape]) for shape in shapes]
-        batched = worst([cell for cell in row if cell.mode == "batched"])
-        fault = min(by_cell[cell.name].fault_difference for cell in row)
-        title = f"cfg {layout.cfg} x ring {layout.ring} x ulysses {layout.ulysses}"
-        lines.append(f"| {family} | {title} | {' | '.join(entries)} | {batched} | {fault:.2f} |")
-    return lines
-
-
-def page(chosen: list[Cell], outcomes: list[Outcome]) -> str:
-    wrong = [outcome.cell for outcome in outcomes if not outcome.right]
-    return "\n".join(
-        [
-            "# Parity with diffusers",
-            "",
-            "Largest difference of the final latents from the family's own diffusers pipeline: fp32 on gloo, a tiny",
-            'model whose every parameter is random, 8 steps, guidance 4 ("unguided": 1). Each entry is the worst over',
-            "head counts (one of which divides by no degree), over a request alone and two requests that share",
-            f'forwards at different timesteps, and over all ranks. The bound is {BOUND:.0e}. "smallest fault": each of',
-            "the cells was run again with a fault (wrong head or token order, missing log-sum-exp, stale keys, swapped",
-            f"branches, wrong timestep), which has to show as more than {FAULT:.0e}.",
-            "",
-            *table(chosen, outcomes),
-            "",
-            f"{len(outcomes)} cells, {len(wrong)} out of bounds{': ' if wrong else ''}{', '.join(wrong)}.",
-            "`make parity` writes this page; `make test` runs a covering part of it.",
-            "",
-        ]
-    )
-
-
-def main(families: list[str]) -> int:
-    chosen, outcomes = cells(families), []
-    with tempfile.TemporaryDirectory() as folder:
-        matrix = Matrix(Path(folder))
-        for num_ranks in sorted({cell.layout.num_ranks for cell in chosen}):
-            outcomes += matrix.run(chosen, num_ranks)
-    print("\n".join(table(chosen, outcomes)))
-    if not families:
-        rows = [asdict(outcome) for outcome in outcomes]
-        (ROOT / "bench" / "results" / "parity.json").write_text(json.dumps(rows, indent=1) + "\n")
-        (ROOT / "docs" / "parity.md").write_text(page(chosen, outcomes))
-    return 0 if all(outcome.right for outcome in outcomes) else 1
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

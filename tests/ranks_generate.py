@@ -1,7 +1,8 @@
 """One rank of a parity run: a plan (JSON) of runs through executors with real work items; saves latents and frames.
 
-Plan: {"models": {name: folder}, "runs": [{"name", "model", "layout": [cfg, ring, ulysses], "mutation", "joint",
-"requests": [case, …]}]}. One request runs alone; of several, one more joins the batch after every three steps.
+Plan: {"models": {name: {"folder", and fields of Config}}, "runs": [{"name", "model", "layout": [cfg, ring, ulysses],
+"mutation", "joint", "requests": [case, …]}]}. One request runs alone; of several, one more joins the batch
+after every three steps.
 """
 
 import json
@@ -19,7 +20,7 @@ from runtime.layout import Layout, layouts_of
 from runtime.models.card import card_for, read_configs
 from runtime.protocol import Decode, Denoise, Encode, Release, Request
 from runtime.sampling import SamplingParams
-from workers import executor as executing
+from runtime.traffic import JOINT_TOKENS
 from workers import setup
 from workers.parallel.comm import ALONE
 from workers.parallel.groups import SOLO, make_groups
@@ -49,33 +50,39 @@ class Rank:
     def __init__(self, plan):
         self.rank, self.num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
         self.everyone = tuple(range(self.num_ranks))
-        self.frames, self.tensors, self.executors, self.cards = Collector(), {}, {}, {}
-        layouts = list(dict.fromkeys(Layout(*run["layout"]) for run in plan["runs"]))
-        groups = None
-        for name, folder in plan["models"].items():
-            config = Config(model_path=folder, num_gpus=self.num_ranks, device="cpu", dist_timeout=60)
-            card = self.cards[name] = card_for(read_configs(Path(folder)))
-            args = config, Path(folder), card, torch.device("cpu"), self.rank, 0, self.frames
-            self.executors[name], _, _ = setup.build_executor(*args)
+        self.frames, self.tensors = Collector(), {}
+        self.executors, self.denoisers, self.cards = {}, {}, {}
+        for name, fields in plan["models"].items():
+            folder = Path(fields["folder"])
+            changes = {field: value for field, value in fields.items() if field != "folder"}
+            config = Config(model_path=str(folder), num_gpus=self.num_ranks, device="cpu", dist_timeout=60, **changes)
+            card = self.cards[name] = card_for(read_configs(folder))
+            args = config, folder, card, torch.device("cpu"), self.rank, 0, self.frames
+            self.executors[name], family, _ = setup.build_executor(*args)
+            self.denoisers[name] = family.denoiser
             setup.init_distributed = lambda *_: None
-            every = [
-                each for layout in layouts for each in layouts_of(layout, card) if each.num_ranks == self.num_ranks
-            ]
-            groups = make_groups(every, self.rank, "gloo")
-            for layout in layouts:
-                if layout.num_ranks < self.num_ranks:
-                    # Every group of the guided layout by itself: the sequential run that it is compared with.
-                    guided = Layout(self.num_ranks // layout.num_ranks, layout.ring, layout.ulysses)
-                    groups[layout] = replace(groups.get(guided, SOLO), cfg=ALONE)
-            self.executors[name]._groups = groups
+        groups = self.groups_of(list(dict.fromkeys(Layout(*run["layout"]) for run in plan["runs"])))
+        for executor in self.executors.values():
+            executor._groups = groups
+
+    def groups_of(self, layouts):
+        """Those of the layouts and of what they fold to; smaller ones run on every group of ranks by itself."""
+        every = [each for card in self.cards.values() for layout in layouts for each in layouts_of(layout, card)]
+        whole = dict.fromkeys(each for each in every if each.num_ranks == self.num_ranks)
+        groups = make_groups(list(whole), self.rank, "gloo")
+        for layout in layouts:
+            if layout.num_ranks < self.num_ranks:
+                guided = Layout(self.num_ranks // layout.num_ranks, layout.ring, layout.ulysses)
+                groups[layout] = replace(groups.get(guided, SOLO), cfg=ALONE)
+        return groups
 
     def run(self, run):
         executor, card, layout = self.executors[run["model"]], self.cards[run["model"]], Layout(*run["layout"])
         waiting = [Request(f"{run['name']}/{i}", card.check(params_of(case))) for i, case in enumerate(run["requests"])]
-        solo = len(waiting) == 1
-        executing.JOINT_TOKENS = 32_768 if run.get("joint", True) else 0
+        decode = len(waiting) == 1 and run["mutation"] == "none"
+        executor.joint_tokens = JOINT_TOKENS if run.get("joint", True) else 0
         running = []
-        with broken(run["mutation"]):
+        with broken(run["mutation"], self.denoisers[run["model"]]):
             while waiting or running:
                 if waiting:
                     request = waiting.pop(0)
@@ -87,7 +94,7 @@ class Rank:
                 ids = tuple(request.id for request in reversed(running))
                 executor.run(Denoise(2, self.everyone, layout, ids, steps))
                 for request in [r for r in running if executor.states[r.id].step == r.params.num_inference_steps]:
-                    self.finish(executor, card, request, decode=solo and run["mutation"] == "none")
+                    self.finish(executor, card, request, decode)
                     running.remove(request)
         assert not executor.states
 

@@ -80,7 +80,7 @@ class Run:
 def main(folder, plan_file, out, mutate="none"):
     plan = json.loads(Path(plan_file).read_text())
     num_ranks = int(os.environ["WORLD_SIZE"])
-    config = Config(model_path=folder, num_gpus=num_ranks, device="cpu", dist_timeout=60, **plan.get("config", {}))
+    config = Config(model_path=folder, num_gpus=num_ranks, device="cpu")
     run = Run(Path(folder), config)
     if mutate != "none":
         import still_mutations

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+import msgspec
 from fake_mesh import demo_model
 
 from runtime.batching import BatchLimits
@@ -96,6 +97,7 @@ class Simulation:
         checkpoint_every=0,
         found=None,
         decode_on_all=False,
+        slow=1.0,
     ):
         self.cost = cost or KnownCost()
         limits = BatchLimits(max_batch)
@@ -111,6 +113,8 @@ class Simulation:
             decode_on_all=decode_on_all,
         )
         self.budget = budget
+        self.slow = slow
+        """How many times longer everything takes."""
         self.now = 0.0
         self.ranks = tuple(range(num_ranks))
         self.items = []
@@ -128,6 +132,10 @@ class Simulation:
         """Requests that had to do something twice."""
         self.files: dict[str, SavedState] = dict(found or {})
         """The spool: the newest checkpoint of a request."""
+        self.told: dict[str, SavedState] = dict(found or {})
+        """The newest checkpoint of a request that the scheduler has heard of."""
+        self.untold: list[tuple[str, SavedState]] = []
+        """Those that are durable, while the word of it is on its way."""
         self.writing: list[tuple[str, int]] = []
         self.states: dict[str, State] = {}
         self.running = {}
@@ -135,6 +143,7 @@ class Simulation:
         self.unsent: dict[int, int] = {}
         self.failed: set[int] = set()
         self.gateways: dict[bytes, Gateway] = {}
+        self.left: dict[bytes, Gateway] = {}
         self.num_joined = 0
         self.dead = False
         """The ranks died, and the scheduler has not noticed: what it sends is lost."""
@@ -149,15 +158,16 @@ class Simulation:
         self.scheduler.gateway_joined(name, endpoint_of(name), credits)
 
     def leave(self, name):
-        del self.gateways[name]
+        self.left[name] = self.gateways.pop(name)
         self.scheduler.gateway_lost(name, self.now)
         self.settle()
 
-    def submit(self, *ids, gateway=b"g", steps=10, frames=9, **terms):
+    def submit(self, *ids, gateway=b"g", steps=10, frames=9, prompt=None, **terms):
+        """What arrives together; without a prompt each has its own."""
         params = CARD.check(SamplingParams(prompt="a cat", seed=1, num_inference_steps=steps, num_frames=frames))
-        self.params |= dict.fromkeys(ids, params)
+        self.params |= {name: msgspec.structs.replace(params, prompt=prompt or f"a cat named {name}") for name in ids}
         self.owner |= dict.fromkeys(ids, gateway)
-        requests = tuple(Request(request_id, params, **terms) for request_id in ids)
+        requests = tuple(Request(request_id, self.params[request_id], **terms) for request_id in ids)
         self.scheduler.submit(gateway, requests, self.now)
         self.predicted |= {
             one: self.scheduler.requests[one].remaining_s for one in ids if one in self.scheduler.requests
@@ -170,6 +180,8 @@ class Simulation:
             self.owner[request_id] = gateway
             self.adoptions[request_id] += 1
             self.disturbed.add(request_id)
+            # One that had it before begins again as well.
+            self.gateways[gateway].stored[request_id] = 0
         self.scheduler.submit(gateway, (Request(request_id, self.params[request_id], **terms),), self.now)
         self.settle()
 
@@ -200,7 +212,8 @@ class Simulation:
             self.scheduler.completed(rank, seq, self.seconds_of(item), self.now)
         self.settle()
 
-    def lose_group(self, reason="rank 1 died", culprit=None):
+    def lose_group(self, reason="rank 1 died", culprit=None, durable=0):
+        """The ranks die; of the checkpoints that were being written so many are durable, but nobody has said so."""
         reports = list(self.due)
         for item in self.running.values():
             if culprit is None:
@@ -209,8 +222,11 @@ class Simulation:
         self.due.clear()
         self.running.clear()
         self.unsent.clear()
-        self.states.clear()
+        for request_id, step in self.writing[:durable]:
+            if request_id in self.states:
+                self.keep(request_id, step)
         self.writing.clear()
+        self.states.clear()
         for gateway in self.gateways.values():
             gateway.excess += len(gateway.inbox)
         self.scheduler.group_lost(reason, self.now, culprit)
@@ -253,12 +269,26 @@ class Simulation:
         request_id, step = self.writing.pop(index)
         if failed:
             self.scheduler.checkpoint_failed(request_id)
-        elif request_id in self.states and step > getattr(self.files.get(request_id), "step", 0):
-            self.files[request_id] = SavedState(step, f"{request_id}-{step}", 1)
-            self.scheduler.checkpointed(request_id, self.files[request_id])
+        elif request_id in self.states:
+            self.keep(request_id, step)
+            self.tell()
         else:
             # It was released while it waited to be written.
             self.scheduler.checkpoint_failed(request_id)
+        self.settle()
+
+    def keep(self, request_id, step):
+        """A checkpoint is durable."""
+        saved = SavedState(step, f"{request_id}-{step}", 1)
+        self.files[request_id] = max(saved, self.files.get(request_id, saved), key=lambda each: each.step)
+        self.untold.append((request_id, saved))
+
+    def tell(self):
+        """The writer's words arrive, whatever became of it."""
+        for request_id, saved in self.untold:
+            self.told[request_id] = max(saved, self.told.get(request_id, saved), key=lambda each: each.step)
+            self.scheduler.checkpointed(request_id, saved)
+        self.untold.clear()
         self.settle()
 
     def total_chunks(self, request_id):
@@ -275,7 +305,8 @@ class Simulation:
             assert item.seq > (self.items[-1].seq if self.items else 0)
             self.items.append(item)
             self.start(item)
-        assert len(self.states) <= MAX_ACTIVE
+        # A gateway may have a quarter of them waiting for itself before its own stay out.
+        assert len(self.states) <= (MAX_ACTIVE + MAX_ACTIVE // 4) * max(self.num_joined, 1)
         for rank in self.ranks:
             assert self.budget is None or self.bytes_on(rank) <= self.budget, "more than fits"
 
@@ -328,7 +359,7 @@ class Simulation:
         for request in item.requests:
             assert request.id not in self.states
             saved = item.resume.get(request.id)
-            assert saved == self.files.get(request.id), "not its newest checkpoint"
+            assert saved == self.told.get(request.id), "not the newest checkpoint that it was told of"
             self.states[request.id] = State(request.params, saved.step if saved is not None else 0)
 
     def denoised(self, item):
@@ -396,7 +427,9 @@ class Simulation:
 
     def ended(self, news):
         if isinstance(news, Completed):
-            gateway = self.gateways[self.owner[news.request_id]]
+            name = self.owner[news.request_id]
+            # It may have left after its thanks, while another item of the request ran.
+            gateway = self.gateways.get(name) or self.left[name]
             assert gateway.stored[news.request_id] == self.total_chunks(news.request_id), "completed without its frames"
         if isinstance(news, Failed) and news.code == "worker_lost":
             assert self.lost_with[news.request_id] == 3
@@ -409,11 +442,13 @@ class Simulation:
     def seconds_of(self, item):
         match item:
             case Encode():
-                return SECONDS["encode"] * len(item.requests)
+                seconds = SECONDS["encode"] * len({request.params.prompt for request in item.requests})
             case Denoise():
                 growth = getattr(self.cost, "growth", 1.0)
-                return SECONDS["denoise"] * item.steps * (1 + growth * (len(item.request_ids) - 1))
-        return SECONDS["decode"] * item.chunks
+                seconds = SECONDS["denoise"] * item.steps * (1 + growth * (len(item.request_ids) - 1))
+            case _:
+                seconds = SECONDS["decode"] * item.chunks
+        return seconds * self.slow
 
     # -- time --
 
@@ -428,6 +463,8 @@ class Simulation:
             full = [name for name, gateway in self.gateways.items() if gateway.inbox] if consume else []
             if full:
                 self.consume(full[0])
+            elif self.untold:
+                self.tell()
             elif self.writing:
                 self.write()
             elif self.due:

@@ -50,14 +50,15 @@ class Frames:
 class SingleRank:
     """An executor with a spool whose thread does not run: resumes work, writes wait."""
 
-    def __init__(self, folder: Path, spool_folder: Path, seat=None, sender=None):
+    def __init__(self, folder: Path, spool_folder: Path, seat=None, sender=None, device="cpu", **settings):
         configs = read_configs(folder)
         self.card = card_for(configs)
         self.frames = sender or Frames()
-        config = Config(model_path=str(folder), device="cpu")
-        cpu = torch.device("cpu")
-        self.executor, self.family, precisions = build_executor(config, folder, self.card, cpu, 0, 0, self.frames)
-        self.model = digest((configs, precisions, "cpu"))
+        config = Config(model_path=str(folder), device=device, **settings)
+        self.executor, self.family, precisions = build_executor(
+            config, folder, self.card, torch.device(device), 0, 0, self.frames
+        )
+        self.model = digest((configs, precisions, device))
         self.spool = Spool(seat or a_seat(), spool_folder, GIB, self.model)
         self.executor.spool = self.spool
 

@@ -27,7 +27,18 @@ MAY_IMPORT = {
 }
 PRIVATE = tuple(
     f"runtime.{name}"
-    for name in ("engine", "scheduler", "request", "fairness", "batching", "memory", "predictions", "status")
+    for name in (
+        "engine",
+        "scheduler",
+        "planner",
+        "running",
+        "request",
+        "fairness",
+        "batching",
+        "memory",
+        "predictions",
+        "status",
+    )
 )
 """The scheduler's own half of runtime/."""
 DRIVES_THE_PRIVATE_HALF = ("bench.simulate", "bench.plan")

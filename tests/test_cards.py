@@ -6,7 +6,7 @@ import inspect
 import json
 import re
 import shutil
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -153,6 +153,25 @@ def test_limits_themselves_are_allowed(card, limit):
 def test_what_a_layout_needs_to_know(card):
     assert card.heads == 4
     assert most_branches(card) == 2
+
+
+@dataclass(frozen=True)
+class Unguided:
+    """A card of a family whose requests may not ask for guidance."""
+
+    card: WanCard
+
+    def check(self, params):
+        if (params.guidance_scale or 1.0) > 1 or params.true_cfg_scale is not None:
+            raise InvalidInput("guidance_scale", "this model takes none")
+        return self.card.check(replace(params, guidance_scale=1.0))
+
+    def branches(self, params, step):
+        return self.card.branches(params, step)
+
+
+def test_most_branches_are_those_of_requests_that_the_family_takes(card):
+    assert most_branches(Unguided(card)) == 1
 
 
 # ---- counting ----------------------------------------------------------------------------------------------------

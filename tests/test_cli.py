@@ -91,8 +91,8 @@ def shell(*words, **options):
 
 
 def test_serve_gets_the_config_and_the_folder(started):
-    assert main(["serve", "--port", "0", "--num-gpus=2"]) == 0
-    assert started == [("serve", Config(port=0, num_gpus=2), DEMO)]
+    assert main(["serve", "--port", "0", "--num-gpus=2", "--ring-degree=2"]) == 0
+    assert started == [("serve", Config(port=0, num_gpus=2, ring_degree=2, tp_size=1), DEMO)]
 
 
 def test_run_gets_the_file_name_and_needs_no_save_output(started):
@@ -111,10 +111,10 @@ def test_generate_says_when_nothing_was_saved(started, capsys, words, save):
 
 def test_flags_take_dashes_underscores_and_equals(meaning):
     expected = meaning("--prompt", "a fox", "--num-gpus", "2", "--ulysses-degree", "2")
-    assert expected[0] == Config(num_gpus=2, ulysses_degree=2)
+    assert expected[0] == Config(num_gpus=2, ulysses_degree=2, tp_size=1)
     assert meaning("--prompt=a fox", "--num_gpus=2", "--ulysses_degree=2") == expected
     assert meaning("--prompt", "a fox", "--num_gpus", "2", "--sp-size", "2", "--ulysses-degree=2") == (
-        Config(num_gpus=2, ulysses_degree=2, sp_degree=2),
+        Config(num_gpus=2, ulysses_degree=2, sp_degree=2, tp_size=1),
         expected[1],
     )
 
@@ -153,6 +153,42 @@ def test_lists_take_several_words(meaning):
     assert config.text_encoder_precisions == ("fp16", "bf16")
 
 
+def test_weights_are_several_words_and_are_checked(meaning, capsys):
+    config, _ = meaning("--key-weights", "alice=2", "bob=0.5", "--prompt", "a")
+    assert config.key_weights == ("alice=2", "bob=0.5")
+    assert "key_weights: 'alice' is not NAME=WEIGHT" in refusal(capsys, ["serve", "--key-weights", "alice"])
+
+
+def test_deterministic_is_a_flag_of_sampling(meaning):
+    assert meaning("--prompt", "a", "--deterministic")[1].deterministic is True
+    assert meaning("--prompt", "a", "--no-deterministic")[1].deterministic is False
+    assert meaning("--prompt", "a")[1].deterministic is None
+
+
+@pytest.mark.parametrize("command", [["serve"], ["mesh"], ["run", "--prompt", "a"], ["generate", "--prompt", "a"]])
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, "cannot be read"),
+        ('[{"max_batch_size": 0}]', "rule 1 of rules.json: max_batch_size is 0"),
+        ('[{"max_batch_size": 1, "max_cost": 3}]', "has max_cost, which does nothing here"),
+        ('[{"max_batch": 1}]', "did you mean max_batch_size?"),
+    ],
+)
+def test_a_wrong_batching_config_is_refused_before_anything_starts(started, capsys, command, text, said):
+    if text is not None:
+        Path("rules.json").write_text(text)
+    error = refusal(capsys, [*command, "--batching-config", "rules.json"])
+    assert error.startswith("batching_config: ")
+    assert said in error
+    assert started == []
+
+
+def test_a_right_batching_config_reaches_the_config(meaning):
+    Path("rules.yaml").write_text("- {max_batch_size: 2, device_memory_gb_min: 24, calibration: by hand}")
+    assert meaning("--batching-config", "rules.yaml", "--prompt", "a")[0].batching_config == "rules.yaml"
+
+
 def field(config, name):
     for part in name.split("."):
         config = getattr(config, part)
@@ -177,7 +213,7 @@ def test_every_boolean_works_in_every_spelling(meaning, name, underscores):
 
 def test_the_remaining_booleans_work_in_every_spelling(capsys):
     rest = BOOLEANS - set(CONFIG_BOOLEANS) - LATER.keys()
-    assert rest == {"vae_config.load_decoder", "save_output", "return_frames", "dry_run"}
+    assert rest == {"vae_config.load_decoder", "deterministic", "save_output", "return_frames", "dry_run"}
     base = ["generate", "--prompt", "a", "--dry-run"]
     assert main([*base, "--vae-config.load-decoder", "true", "--save-output=true", "--return-frames", "false"]) == 0
     assert main([*base, "--no-return-frames", "--vae-config.load-decoder=true", "--no-save-output"]) == 0
@@ -404,8 +440,8 @@ LAYOUT_LINES = [
     ("--num-gpus 4 --enable-cfg-parallel --ulysses-degree=2", (2, 1, 2)),
     ("--num-gpus 4 --ulysses-degree=4 --ring-degree=1", (1, 1, 4)),
     ("--num-gpus 8 --cfg-parallel-size 2 --ring-degree 2", (2, 2, 2)),
-    ("--num-gpus 8", (1, 2, 4)),
-    ("--num-gpus 3", (1, 3, 1)),
+    ("--num-gpus 8 --cfg-parallel-size 1", (1, 2, 4)),
+    ("--num-gpus 3 --cfg-parallel-size 1", (1, 3, 1)),
     ("--num-gpus 3 --ulysses-degree 3", (1, 1, 3)),
     ("--num-gpus 6 --sp-degree 6", (1, 3, 2)),
 ]
@@ -423,7 +459,7 @@ def test_the_layout_fits_the_model_and_is_printed(started, capsys, line, layout)
 
 
 def test_dry_run_prints_the_plan_and_starts_nothing(started, capsys):
-    line = ["generate", "--dry-run", "--prompt", "a", "--num-gpus", "2", "--seed", "7"]
+    line = ["generate", "--dry-run", "--prompt", "a", "--num-gpus", "2", "--ulysses-degree", "2", "--seed", "7"]
     assert main(line) == 0
     out, err = capsys.readouterr()
     plan = json.loads(out)

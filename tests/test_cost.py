@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import CARD
 
-from runtime.cost import SMOOTHING, Constants, CostModel, Line
+from runtime.batching import BatchLimits, batch_budget
+from runtime.cost import SMOOTHING, CostModel, Line
 from runtime.layout import Layout
+from runtime.predictions import Predictions
+from runtime.protocol import Decode, Denoise, Measurement
 from runtime.sampling import SamplingParams
+from runtime.scheduler import Scheduler
 
 LAYOUT = Layout(1, 1, 2)
 
@@ -142,19 +145,94 @@ def test_the_error_is_the_median_absolute_percentage_error():
     assert cost.error == pytest.approx(0.25), "one outlier moves no median"
 
 
-def test_constants_survive_the_disk():
-    cost = CostModel(CARD)
-    for seconds in (1.0, 1.2, 0.9):
-        cost.observe("denoise", params(), LAYOUT, 3, seconds)
-        cost.observe("denoise", params(256), LAYOUT, 3, 4 * seconds, 2)
-    kept = msgspec.json.decode(msgspec.json.encode(cost.constants), type=Constants)
-    again = CostModel(CARD, kept)
-    for side in (64, 128, 256):
-        for batch in (1, 2, 4):
-            expected = cost.predict("denoise", params(side), LAYOUT, batch)
-            assert again.predict("denoise", params(side), LAYOUT, batch) == pytest.approx(expected)
-
-
 def test_a_new_model_shares_no_constants_with_another():
     CostModel(CARD).observe("encode", params(), LAYOUT, 1, 99.0)
     assert CostModel(CARD).predict("encode", params(), LAYOUT) < 1.0
+
+
+# ---- what a unit really runs on ----------------------------------------------------------------------------------
+
+CFG = Layout(2, 1, 1)
+"""Of a mesh whose two guidance groups both denoise a request without guidance."""
+
+
+def denoise(steps=1):
+    return Denoise(0, (0, 1), CFG, ("a",), steps)
+
+
+def decode(ranks, first_chunk=1):
+    return Decode(0, ranks, "a", 1, "ipc:///x", first_chunk, 0)
+
+
+def test_without_guidance_the_guidance_groups_do_sequence_parallelism_and_that_is_what_is_learnt():
+    predictions = Predictions(CostModel(CARD), CARD, CFG)
+    plain = params(guidance=1.0)
+    assert predictions.runs_on("denoise", params()) == CFG
+    assert predictions.runs_on("denoise", plain) == Layout(1, 1, 2)
+    predictions.observe(denoise(4), plain, 2.0)
+    assert predictions.seconds(denoise(), plain) == pytest.approx(0.5)
+    assert predictions.measured(denoise(), plain)
+    assert not predictions.measured(denoise(), params())
+    # The same request on a mesh that is Ulysses anyway costs the same.
+    assert predictions.cost.predict("denoise", plain, Layout(1, 1, 2)) == pytest.approx(0.5)
+
+
+def test_guided_and_unguided_steps_do_not_spoil_each_others_line():
+    """Guidance groups send next to nothing; Ulysses pays for its all-to-alls, which are most of a small step."""
+    predictions, plain, guided = Predictions(CostModel(CARD), CARD, CFG), (0.08, 1e-11), (0.004, 1e-11)
+    shapes = [(64, 1), (64, 9), (128, 9), (128, 17)]
+    flops = {(s, f, g): CARD.step_flops(params(s, f, g)) / 2 for s, f in shapes for g in (1.0, 5.0)}
+    for _ in range(10):
+        for side, frames in shapes:
+            for guidance, (fixed, slope) in ((1.0, plain), (5.0, guided)):
+                seconds = fixed + slope * flops[side, frames, guidance]
+                predictions.observe(denoise(), params(side, frames, guidance), seconds)
+    predictions.cost.constants.measured.clear()
+    for guidance, (fixed, slope) in ((1.0, plain), (5.0, guided)):
+        work = CARD.step_flops(params(96, 9, guidance)) / 2
+        assert predictions.unit("denoise", params(96, 9, guidance)) == pytest.approx(fixed + slope * work, rel=0.02)
+
+    def budget(guidance):
+        shape = params(64, 1, guidance)
+        return batch_budget(predictions.cost, BatchLimits(16), shape, predictions.runs_on("denoise", shape))
+
+    # What a batch shares is the fixed part, so the budgets differ as the lines do.
+    assert budget(1.0) > budget(5.0)
+
+
+def test_a_layout_that_was_not_seen_starts_from_what_another_has_learnt_and_then_learns_its_own():
+    cost = CostModel(CARD)
+    for side in (64, 128, 256) * 40:
+        cost.observe("denoise", params(side), CFG, 1, 1.0 + CARD.step_flops(params(side)) * 1e-10)
+    learnt = cost.fitted("denoise", params(128), CFG, 1)
+    assert cost.fitted("denoise", params(128), Layout(1, 2, 1), 1) == pytest.approx(learnt)
+    for side in (64, 128, 256):
+        cost.observe("denoise", params(side), Layout(1, 2, 1), 1, 3.0 + CARD.step_flops(params(side)) * 3e-10)
+    assert cost.fitted("denoise", params(128), Layout(1, 2, 1), 1) == pytest.approx(3 * learnt)
+    assert cost.fitted("denoise", params(128), CFG, 1) == pytest.approx(learnt)
+
+
+def test_a_decode_on_all_ranks_is_booked_apart_from_one_on_a_single_rank():
+    cost = CostModel(CARD)
+    one, all_ = Predictions(cost, CARD, LAYOUT), Predictions(cost, CARD, LAYOUT, decode_on_all=True)
+    before = one.seconds(decode((0,)), params())
+    # By the line alone a strip takes its share of the time.
+    line = cost.constants.lines["decode"]
+    assert all_.seconds(decode((0, 1)), params()) - line.fixed == pytest.approx((before - line.fixed) / 2)
+    all_.observe(decode((0, 1)), params(), 0.3)
+    assert all_.seconds(decode((0, 1)), params()) == pytest.approx(0.3)
+    assert one.seconds(decode((0,)), params()) != pytest.approx(0.3)
+    one.observe(decode((1,)), params(), 0.5)
+    assert one.seconds(decode((0,)), params()) == pytest.approx(0.5)
+    assert all_.seconds(decode((0, 1)), params()) == pytest.approx(0.3)
+
+
+def test_what_the_ranks_measured_at_the_start_is_booked_where_it_ran():
+    scheduler = Scheduler(CARD, CFG, CostModel(CARD), decode_on_all=True)
+    plain = params(guidance=1.0)
+    scheduler.calibrate((Measurement("denoise", plain, 1, 0.7), Measurement("decode", plain, 1, 0.2)))
+    cost = scheduler.cost
+    assert cost.measured("denoise", plain, Layout(1, 1, 2))
+    assert not cost.measured("denoise", plain, CFG)
+    assert cost.measured("decode", plain, CFG)
+    assert not cost.measured("decode", plain, Layout())

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
 import pytest
 
-from launch.devices import describe_machine, pick_devices, visible_gpus
+from launch.devices import describe_machine, memory_limit, pick_devices, visible_gpus
+from launch.sizes import this_machine
+from runtime.config import Config
 from runtime.errors import InvalidInput
 
 GIB = 2**30
@@ -38,11 +41,14 @@ class FakeNvml(ModuleType):
 
     NVMLError = NVMLError
     NVMLError_NotSupported = NotSupported
+    NVML_NVLINK_MAX_LINKS = 18
+    NVML_FEATURE_ENABLED = 1
 
-    def __init__(self, free: tuple[int | None, ...], driver: bool = True):
+    def __init__(self, free: tuple[int | None, ...], driver: bool = True, links: Sequence[int] = ()):
         super().__init__("pynvml")
         self.handles = [Handle(uuid, memory) for uuid, memory in zip(UUIDS, free, strict=False)]
         self.driver = driver
+        self.links = links
         self.open = 0
 
     def nvmlInit(self):
@@ -60,9 +66,19 @@ class FakeNvml(ModuleType):
         return self.handles[index]
 
     def nvmlDeviceGetHandleByUUID(self, uuid):
-        if uuid != MIG:
+        if uuid == MIG:
+            return Handle(MIG, 20)
+        found = [handle for handle in self.handles if handle.uuid == uuid]
+        if not found:
             raise NVMLError("Not Found")
-        return Handle(MIG, 20)
+        return found[0]
+
+    def nvmlDeviceGetNvLinkState(self, handle, link):
+        """Of every GPU as many links as `links` says, all but the last of them dark."""
+        count = dict(zip(UUIDS, self.links, strict=False)).get(handle.uuid, 0)
+        if link >= count:
+            raise NVMLError("Invalid Argument")
+        return int(link == count - 1)
 
     def nvmlDeviceGetDeviceHandleFromMigDeviceHandle(self, handle):
         assert handle.uuid == MIG
@@ -92,8 +108,8 @@ def host(monkeypatch):
     """Make this host one with GPUs of so much free memory (GiB), and CUDA_VISIBLE_DEVICES as given."""
     made = []
 
-    def make(*free, visible=None, driver=True):
-        made.append(FakeNvml(free, driver))
+    def make(*free, visible=None, driver=True, links=()):
+        made.append(FakeNvml(free, driver, links))
         monkeypatch.setitem(sys.modules, "pynvml", made[-1])
         if visible is None:
             monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
@@ -207,3 +223,36 @@ def test_describing_imports_no_package_that_it_describes():
     root = Path(__file__).parent.parent
     done = subprocess.run([sys.executable, "-c", program], cwd=root, capture_output=True, text=True, check=True)
     assert not {"torch", "diffusers", "transformers", "huggingface_hub"} & set(done.stdout.split())
+
+
+# ---- the constants that layouts are chosen by --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("links", "constants"),
+    [((18, 18, 18, 18), "H100 SXM, NVLink"), ((2, 18, 0, 18), "H100 PCIe"), ((), "H100 PCIe")],
+)
+def test_nvlink_on_every_gpu_means_fast_links(host, links, constants):
+    host(*FREE, links=links)
+    machine = this_machine(Config(num_gpus=4))
+    assert machine.name.startswith(f"NVIDIA Test by the constants of {constants}")
+    assert (machine.memory, machine.element) == (80 * GIB, 2)
+
+
+def test_too_few_gpus_or_the_wish_for_none_means_the_cpu(host):
+    host(*FREE, links=(18,) * 4)
+    for config in (Config(num_gpus=8), Config(num_gpus=2, replicas=4), Config(num_gpus=2, device="cpu")):
+        machine = this_machine(config)
+        assert machine.name.startswith("one CPU core per rank")
+        assert machine.memory == pytest.approx(memory_limit()[0] / (config.num_gpus * config.replicas))
+
+
+def test_staged_ranks_share_the_memory_of_the_gpus_that_there_are(host):
+    host(70)
+    assert this_machine(Config(num_gpus=4, dist_backend="staged")).memory == 20 * GIB
+
+
+def test_the_precision_that_was_asked_for_is_what_is_counted(host):
+    host(*FREE)
+    assert this_machine(Config(num_gpus=2, dit_precision="fp32")).element == 4
+    assert this_machine(Config(num_gpus=2, device="cpu", dit_precision="bf16")).element == 2

@@ -19,7 +19,7 @@ from types import SimpleNamespace
 import pytest
 from test_devices import FakeNvml
 
-from launch import doctor
+from launch import devices, doctor
 from launch.cli import main
 from launch.doctor import CHECKS, Finding, examine
 from launch.observe import RunFolder
@@ -186,13 +186,13 @@ def test_memory(tmp_path):
 
 
 def test_memory_of_a_cgroup(monkeypatch):
-    monkeypatch.setattr(doctor, "_cgroup", lambda name: iter(["max", "20000000"] if name == "memory.max" else []))
+    monkeypatch.setattr(devices, "cgroup", lambda name: iter(["max", "20000000"] if name == "memory.max" else []))
     worst(doctor.check_memory, "warning", "0.02 GiB of 0.02 GiB (limit of the cgroup)", device="cpu")
     worst(doctor.check_memory, "error", "limit of the cgroup", device="cpu", num_gpus=2)
 
 
 def test_cores_of_a_cgroup(monkeypatch):
-    monkeypatch.setattr(doctor, "_cgroup", lambda name: iter(["150000 100000", "max 100000"]))
+    monkeypatch.setattr(doctor, "cgroup", lambda name: iter(["150000 100000", "max 100000"]))
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
     worst(doctor.check_cores, "warning", "2 ranks on 1.5 cores", device="cpu", num_gpus=2)
 

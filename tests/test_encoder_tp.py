@@ -101,7 +101,7 @@ def test_a_large_encoder_is_shared_where_the_links_are_fast_and_the_prompt_is_lo
 
 def test_by_hand_it_must_divide_the_heads_and_the_sp_degree():
     machine = load_machine("cpu-gloo")
-    assert resolve_tp(2, {"text_encoder": UMT5_XXL}, 4, machine) == (2, "tp_size 2 by hand")
+    assert resolve_tp(2, {"text_encoder": UMT5_XXL}, 4, machine) == (2, "tp_size 2 as it was set")
     with pytest.raises(InvalidInput, match=r"8 does not divide sp\(8\) and the 28 heads.*one of \[1, 2, 4\]") as error:
         resolve_tp(8, {"text_encoder": QWEN_7B}, 8, machine)
     assert error.value.field == "tp_size"

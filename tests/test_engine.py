@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 import time
 from contextlib import ExitStack
@@ -349,7 +350,7 @@ def test_a_rank_that_hangs_in_an_item_of_an_earlier_epoch_is_fenced(stage, monke
     supervisor = stage.supervisor("here")
     heart = stage.enter(Peer(stage.endpoint, b"worker0/heart"))
     heart.send(Heartbeat(0, 7, 3, "here", 1000), EPOCH - 1)
-    assert supervisor.expect(Fence) == Fence(0, 1000, "it hangs in an item of an earlier epoch")
+    assert supervisor.expect(Fence) == Fence(0, 1000, "it lives on in a group that is gone")
 
 
 def test_a_checkpoint_counts_though_its_writer_died_since(stage):
@@ -497,6 +498,42 @@ def test_a_rank_that_does_not_come_to_the_end_of_its_item_is_fenced(stage, monke
     assert gateway.expect(MeshState, lambda state: state.losses > 0).reason.endswith(fence.reason)
 
 
+def test_a_hang_in_an_item_that_was_never_measured_ends_too(stage, monkeypatch):
+    """Its length is a guess, so that it gets more time than others, but not for ever."""
+    monkeypatch.setattr(runtime.roster, "OVERDUE_S", 0.0)
+    monkeypatch.setattr(runtime.roster, "UNMEASURED_S", 0.3)
+    monkeypatch.setattr(runtime.engine, "BEAT_S", 0.05)
+    gateway, supervisor, ranks = stage.gateway(), stage.supervisor("here"), stage.ranks()
+    gateway.send(Submit((request("r1"),)))
+    item = shared(ranks, Encode)
+    running = stage.scheduler.running[item.seq]
+    assert not running.measured
+    supervisor.expect(Welcome)
+    fences = [supervisor.expect(Fence), supervisor.expect(Fence)]
+    assert [(fence.rank, fence.pid) for fence in fences] == [(0, 1000), (1, 1001)]
+    waited = float(fences[0].reason.removesuffix(" s").rpartition(" ")[2])
+    assert waited >= 10 * running.predicted_s + 0.2
+
+
+def test_ranks_that_wait_for_one_that_failed_are_not_left_to_wait(stage, monkeypatch):
+    """It failed before its first collective and lives; the others would wait there as long as an unknown item may last.
+
+    What it failed of counts: after an out-of-memory with the batch that it was in nobody is suspected of more.
+    """
+    monkeypatch.setattr(runtime.roster, "OVERDUE_S", 0.3)
+    monkeypatch.setattr(runtime.engine, "BEAT_S", 0.05)
+    supervisor, ranks = stage.supervisor("here"), stage.ranks()
+    stage.gateway().send(Submit((request("r1"),)))
+    item = shared(ranks, Encode)
+    assert not stage.scheduler.running[item.seq].measured
+    ranks[0].send(ItemFailed(0, item.seq, "out_of_memory", "no room", group_broken=False))
+    fence = supervisor.expect(Fence)
+    assert (fence.rank, fence.pid) == (1, 1001)
+    assert fence.reason.endswith("in which another failed: no room")
+    eventually(lambda: stage.scheduler.losses.total == 1)
+    assert not any(record.losses for record in stage.scheduler.requests.values())
+
+
 def test_heartbeats_keep_a_busy_rank_alive(stage, monkeypatch):
     monkeypatch.setattr(runtime.roster, "HEARTBEAT_LIMIT_S", 0.3)
     supervisor, ranks = stage.supervisor("here"), stage.ranks()
@@ -527,6 +564,51 @@ def test_a_rank_that_is_gone_is_found_by_the_send(stage):
     gateway.send(Submit((request("r1"),)))
     assert "rank 1 is gone" in gateway.expect(MeshState, lambda state: state.losses > 0).reason
     assert not stage.scheduler.ready
+
+
+def test_a_rank_that_was_out_of_reach_for_a_moment_is_fenced(stage):
+    """Its socket came back before anybody noticed; without the fence it would beat, and wait, for ever."""
+    gateway, here, there = stage.gateway(), stage.supervisor("here"), stage.supervisor("there")
+    ranks = stage.ranks()
+    ranks[1].channel.close()
+    time.sleep(QUIET_S)
+    gateway.send(Submit((request("r1"),)))
+    fence = here.expect(Fence)
+    assert fence == Fence(1, 1001, "rank 1 is gone")
+    there.hears_none(Fence)
+    back = stage.ranks(generation=1)
+    assert shared(back, Encode).requests[0].id == "r1"
+
+
+def test_a_rank_that_beats_on_after_its_group_was_given_up_is_fenced(stage, monkeypatch):
+    """No supervisor was there when the group was lost."""
+    monkeypatch.setattr(runtime.roster, "STRANGER_LIMIT_S", 0.1)
+    monkeypatch.setattr(runtime.engine, "BEAT_S", 0.05)
+    gateway, ranks = stage.gateway(), stage.ranks()
+    heart = stage.enter(Peer(stage.endpoint, ranks[0].identity + b"/heart"))
+    ranks[1].channel.close()
+    time.sleep(QUIET_S)
+    gateway.send(Submit((request("r1"),)))
+    gateway.expect(MeshState, lambda state: state.losses > 0)
+    supervisor = stage.supervisor("here")
+    heart.send(Heartbeat(0, 0, -1, "here", 1000))
+    assert supervisor.expect(Fence) == Fence(0, 1000, "it lives on in a group that is gone")
+
+
+def test_a_rank_that_joins_again_is_no_stranger(stage, monkeypatch):
+    monkeypatch.setattr(runtime.roster, "STRANGER_LIMIT_S", 0.1)
+    monkeypatch.setattr(runtime.engine, "BEAT_S", 0.05)
+    supervisor, ranks = stage.supervisor("here"), stage.ranks()
+    stage.rank(0, generation=1)
+    eventually(lambda: not stage.scheduler.ready)
+    heart = stage.enter(Peer(stage.endpoint, ranks[1].identity + b"/heart"))
+    heart.send(Heartbeat(1, 0, -1, "here", 1001))
+    eventually(lambda: stage.engine.stale == 1)
+    ranks[1].send(WorkerHello(1, 2, 1, "here", 1001), epoch=0)
+    time.sleep(0.3)
+    for _ in range(len(supervisor.heard) + 5):
+        supervisor.expect(Welcome)
+    assert not any(isinstance(message, Fence) for message in supervisor.heard)
 
 
 # ---- gateways ----------------------------------------------------------------------------------------------------
@@ -570,6 +652,27 @@ def test_a_request_is_cancelled_by_the_gateway_that_has_it_or_by_an_observer(sta
     assert new.expect(Cancelled).reason == "by hand"
 
 
+def test_a_gateway_that_was_given_up_cancels_nothing_of_another(stage, monkeypatch):
+    """It slept, and lost its requests to another; its late word is not that of an observer."""
+    monkeypatch.setattr(runtime.engine, "BEAT_S", 0.05)
+    old, new = stage.gateway(b"old"), stage.gateway(b"new")
+    old.send(Submit((request("r1"), request("r2"))))
+    old.expect(Progress, lambda news: news.request_id == "r2")
+    old.channel.close()
+    eventually(lambda: stage.scheduler.requests["r1"].orphaned_until < math.inf)
+    new.send(Submit((request("r1"),)))
+    new.expect(Progress, lambda news: news.request_id == "r1")
+    late = stage.enter(Peer(stage.endpoint, b"old"))
+    late.send(Cancel("r1", "the submitter left"))
+    assert late.expect(Cancelled).request_id == "r1"
+    assert stage.scheduler.requests["r1"].cancel_reason is None
+    late.send(Cancel("r2", "nobody else took it"))
+    eventually(lambda: "r2" not in stage.scheduler.requests)
+    observer = stage.enter(Peer(stage.endpoint, b"observer"))
+    observer.send(Cancel("r1", "by hand"))
+    assert new.expect(Cancelled).reason == "by hand"
+
+
 def test_a_timeout_passes_though_nothing_happens(stage):
     gateway = stage.gateway()
     started = time.monotonic()
@@ -581,9 +684,10 @@ def test_a_timeout_passes_though_nothing_happens(stage):
 def test_the_poorest_rank_sets_the_budget(stage):
     gateway = stage.gateway()
     ranks = [stage.rank(0), stage.rank(1)]
-    ranks[0].ready(memory_budget=1 << 40)
-    ranks[1].ready(memory_budget=1000)
+    ranks[0].ready(memory_budget=1 << 40, device_memory=80 << 30)
+    ranks[1].ready(memory_budget=1000, device_memory=24 << 30)
     eventually(lambda: stage.scheduler.ready)
+    assert stage.scheduler.limits.device_memory == 24 << 30
     gateway.send(Submit((request("r1"),)))
     assert gateway.expect(Failed).code == "out_of_memory"
 

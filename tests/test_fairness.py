@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import CARD
 
-from runtime.fairness import AGEING, PATIENCE_S, URGENT_S, FairShare, WaitingLine, order, patient_until, turn
+import runtime.fairness
+from runtime.fairness import AGEING, MANY_KEYS, PATIENCE_S, URGENT_S, FairShare, WaitingLine, order, patient_until, turn
 from runtime.protocol import Request
 from runtime.request import RequestRecord
 from runtime.sampling import SamplingParams
@@ -41,12 +42,17 @@ def serve(fair, keys, cost):
     return key
 
 
+def lag_of(fair, keys):
+    """Furthest ahead less furthest behind, seconds of service."""
+    return max(fair.clocks[key] for key in keys) - min(fair.clocks[key] for key in keys)
+
+
 def test_equal_weights_get_equal_service_whatever_an_item_costs():
     fair, given_to = FairShare(), {"a": 0.0, "b": 0.0}
     for _ in range(1000):
         key = serve(fair, "ab", {"a": 0.5, "b": 0.02}.get)
         given_to[key] += {"a": 0.5, "b": 0.02}[key]
-        assert fair.lag("ab") <= 0.5 + 1e-9
+        assert lag_of(fair, "ab") <= 0.5 + 1e-9
     assert given_to["a"] == pytest.approx(given_to["b"], abs=0.5)
 
 
@@ -84,8 +90,29 @@ def test_a_key_that_is_ahead_gains_nothing_by_leaving():
     assert fair.clocks["a"] - fair.clocks["b"] == 5.0
 
 
-def test_nobody_lags_where_nobody_is():
-    assert FairShare().lag([]) == 0.0
+def test_clocks_of_keys_that_are_away_are_forgotten():
+    fair = FairShare()
+    for number in range(3 * MANY_KEYS):
+        for _ in range(4):
+            serve(fair, [f"key {number}", "always"], lambda key: 0.1)
+    assert len(fair.clocks) <= MANY_KEYS + 5
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(st.lists(st.tuples(st.sets(st.sampled_from("abcdefg")), st.floats(0.01, 1.0)), min_size=1, max_size=80))
+def test_what_is_forgotten_changes_no_turn(turns):
+    quick, whole = FairShare(), FairShare()
+    for keys, seconds in turns:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(runtime.fairness, "MANY_KEYS", -2 * len(keys) - 1)
+            quick.wait(keys)
+        whole.wait(keys)
+        assert {key: quick.clocks[key] for key in keys} == {key: whole.clocks[key] for key in keys}
+        if keys:
+            key = min(keys, key=lambda one: (whole.clocks[one], one))
+            for fair in (quick, whole):
+                fair.serve(key)
+                fair.charge(key, seconds)
 
 
 @settings(max_examples=200, deadline=None, derandomize=True)
@@ -99,7 +126,7 @@ def test_the_lag_of_waiting_keys_is_bounded_whoever_comes_and_goes(turns, weight
     for keys, seconds in turns:
         if keys:
             serve(fair, sorted(keys), lambda key, seconds=seconds: seconds)
-            assert fair.lag(keys) <= 2 * bound + 1e-9
+            assert lag_of(fair, keys) <= 2 * bound + 1e-9
         else:
             fair.wait(set())
 

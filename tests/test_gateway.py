@@ -38,8 +38,10 @@ from gateway.jobs.database import Database
 from gateway.media.mp4 import read_frames
 from gateway.mesh import FRAME_CREDITS
 from gateway.stream import EventLog
+from launch.client import Client
 from runtime.config import Config, save_frozen
 from runtime.errors import InvalidInput, StartFailed
+from runtime.sampling import SamplingParams
 
 ROOT = Path(__file__).parent.parent
 FRAMES = 17
@@ -92,8 +94,35 @@ def test_one_request_in_every_form_is_one_request(gateway, fake):
     assert fake.submitted[0].token_ids["text_encoder"]["prompt"]
 
 
+@pytest.mark.parametrize(
+    ("sent", "deterministic"),
+    [
+        ({"json": {"prompt": "a cat"}}, False),
+        ({"json": {"prompt": "a cat", "deterministic": False}}, False),
+        ({"json": {"prompt": "a cat", "deterministic": True}}, True),
+        ({"json": {"prompt": "a cat", "extra_body": {"deterministic": True}}}, True),
+        ({"files": {"prompt": (None, "a cat"), "deterministic": (None, "true")}}, True),
+        ({"data": {"prompt": "a cat", "deterministic": "false"}}, False),
+    ],
+)
+def test_deterministic_reaches_the_mesh_in_every_form(gateway, fake, sent, deterministic):
+    video = gateway.http.post("/v1/videos", **sent).json()
+    gateway.wait(video["id"])
+    gateway.wait(gateway.http.post(f"/v1/videos/{video['id']}/remix", json={"prompt": "a dog"}).json()["id"])
+    assert gateway.http.post("/v1/images/generations", **sent).status_code == 200
+    assert [request.params.deterministic for request in fake.submitted] == [deterministic] * 3
+
+
+def test_the_clients_deterministic_reaches_the_mesh(gateway, fake):
+    with Client(gateway.url) as client:
+        for wanted in (True, None):
+            gateway.wait(client.create(SamplingParams(prompt="a cat", deterministic=wanted))["id"])
+    assert [request.params.deterministic for request in fake.submitted] == [True, False]
+
+
 JPEG_FILE = ("cat.jpg", b"\xff\xd8\xff", "image/jpeg")
 REFUSED = [
+    ({"json": {"prompt": "a", "deterministic": "perhaps"}}, 400, "deterministic", "invalid_value", "boolean"),
     ({"json": {"prompt": "a", "sede": 1}}, 400, "sede", "unknown_parameter", "did you mean seed?"),
     ({"json": {"prompt": "a", "quality": "hd"}}, 400, "quality", "unknown_parameter", "no parameter"),
     ({"json": {"prompt": "a", "sede": None}}, 400, "sede", "unknown_parameter", "did you mean seed?"),

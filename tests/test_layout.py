@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
+from runtime.config import Config, describe_mesh
 from runtime.errors import InvalidInput
 from runtime.layout import Layout, derive_layout, describe_layout, layout_for, layouts_of, share_sizes
 
@@ -143,6 +144,24 @@ def test_shares_are_even_to_one_and_lose_nothing(total, size):
     sizes = share_sizes(total, size)
     assert (len(sizes), sum(sizes)) == (size, total)
     assert max(sizes) - min(sizes) <= 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "shared"),
+    [
+        ({}, "weights on a rank: all of them; text encoders: every rank alone; decodes: one rank each"),
+        (
+            {"use_fsdp_inference": True, "tp_size": 2, "vae_sp": True},
+            "weights on a rank: 1/2 of denoiser and text encoders; text encoders: heads and hidden units split over 2 "
+            "ranks; decodes: a strip of rows of every frame on each rank",
+        ),
+    ],
+)
+def test_the_start_says_how_all_else_is_shared(settings, shared):
+    config = Config(num_gpus=2, ulysses_degree=2, **settings)
+    *layout, last = describe_mesh(config, Model(4))
+    assert tuple(layout) == describe_layout(config.layout, Model(4))
+    assert last == f"  {shared}"
 
 
 def test_the_printed_layout_says_what_each_rank_holds():

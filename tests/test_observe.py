@@ -3,12 +3,14 @@
 import io
 import json
 import os
+import select
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
 from pathlib import Path
@@ -445,6 +447,48 @@ def test_the_commands_print_and_cancel(live, capsys):
     code, message = refusal(capsys, "cancel", "more")
     assert code == 2
     assert message.startswith("error: ID: 'more' is the beginning of several ids: more000")
+
+
+@pytest.mark.parametrize("end", ["q", "ctrl-c", "the mesh stops"])
+def test_top_follows_the_mesh_on_a_terminal(live, end):
+    """A real terminal: the picture changes with the mesh, one key ends it, and the shell gets its line mode back."""
+    ours, theirs = os.openpty()
+    before = termios.tcgetattr(theirs)
+    environment = child_environment({}) | {"TERM": "xterm", "COLUMNS": "120", "LINES": "40"}
+    command = [sys.executable, "-P", "-m", "launch", "top", "--mesh", str(live.folder.path)]
+    process = subprocess.Popen(command, env=environment, stdin=theirs, stdout=theirs, stderr=theirs)
+    shown = b""
+
+    def shows(words):
+        nonlocal shown
+        until = time.monotonic() + PATIENCE_S
+        while words not in shown and time.monotonic() < until:
+            if select.select([ours], [], [], 0.1)[0]:
+                shown += os.read(ours, 1 << 16)
+        assert words in shown, shown[-2000:]
+
+    try:
+        shows(b"the workers are starting")
+        live.gateway("video_late")
+        shows(b"video_late")
+        if end == "q":
+            os.write(ours, b"q")
+        elif end == "ctrl-c":
+            process.send_signal(signal.SIGINT)
+        else:
+            live.ended = True
+            live.observer().ask()
+            live.thread.join(PATIENCE_S)
+            live.folder.remove()
+            shows(b"has stopped")
+        assert process.wait(PATIENCE_S) == (1 if end == "the mesh stops" else 0)
+        assert termios.tcgetattr(theirs) == before
+        assert b"Traceback" not in shown
+    finally:
+        process.kill()
+        process.wait()
+        os.close(ours)
+        os.close(theirs)
 
 
 def test_the_view_fits_into_100_columns(live):

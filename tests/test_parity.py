@@ -5,12 +5,27 @@ import functools
 import numpy as np
 import pytest
 import torch
-from parity import AIM, BOUND, FAULT, LAYOUTS, Cell, Matrix, cells, distance, generate, shades
+from mutations import FAULTS
+from parity import (
+    AIM,
+    BOUND,
+    FAULT,
+    HALF_BOUND,
+    MESHES,
+    Cell,
+    Matrix,
+    Mesh,
+    cells,
+    distance,
+    generate,
+    halves,
+    shades,
+)
 from tiny_wan import DEMO, load_pipeline, reference
 
 from runtime.layout import Layout
 
-SIZES = sorted({layout.num_ranks for layout in LAYOUTS})
+SIZES = sorted({mesh.num_ranks for mesh in MESHES})
 
 DEMO_CASES = {
     f"seed{seed}-{height}x{width}x{frames}": {
@@ -35,35 +50,44 @@ def matrix(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def outcomes(matrix):
-    """Rank count -> outcomes of the covering part of the matrix; every group of ranks starts once."""
-    return functools.cache(lambda num_ranks: matrix.run(cells(full=False), num_ranks))
+    """Rank count -> outcomes of the covering part, of fp32 and of bf16; every group of ranks starts once."""
+    return functools.cache(lambda num_ranks: matrix.run(cells(full=False), halves(full=False), num_ranks))
 
 
 @pytest.mark.parametrize("num_ranks", SIZES)
 def test_every_cell_equals_diffusers(outcomes, num_ranks):
-    for outcome in outcomes(num_ranks):
+    for outcome in outcomes(num_ranks)[0]:
         assert outcome.ranks_equal, f"ranks differ in {outcome.cell}"
         assert outcome.difference <= BOUND, f"{outcome.cell}: latents differ by {outcome.difference:.1e}"
-        assert outcome.shades <= 1, f"{outcome.cell}: frames differ by {outcome.shades}/255"
+        assert (outcome.shades or 0) <= 1, f"{outcome.cell}: frames differ by {outcome.shades}/255"
 
 
 @pytest.mark.parametrize("num_ranks", SIZES)
 def test_every_cell_notices_its_fault(outcomes, num_ranks):
-    for outcome in outcomes(num_ranks):
+    for outcome in outcomes(num_ranks)[0]:
         shown = outcome.fault_difference
         assert shown > FAULT, f"{outcome.cell}: the fault {outcome.fault} changed the latents by only {shown:.1e}"
 
 
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_bf16_loses_no_more_than_in_diffusers(outcomes, num_ranks):
+    assert outcomes(num_ranks)[1]
+    for outcome in outcomes(num_ranks)[1]:
+        assert outcome.ratio <= HALF_BOUND, f"{outcome.row}: {outcome.ratio:.2f} times the error of diffusers"
+        assert outcome.noticed, f"{outcome.row}: with the fault {outcome.fault} only {outcome.fault_ratio:.2f} times"
+
+
 def test_most_cells_reach_the_aim(outcomes):
-    everything = [outcome.difference for num_ranks in SIZES for outcome in outcomes(num_ranks)]
+    everything = [outcome.difference for num_ranks in SIZES for outcome in outcomes(num_ranks)[0]]
     assert np.median(everything) <= AIM
 
 
 def test_the_covering_part_covers():
     some, every = cells(full=False), cells()
-    for part in ("family", "layout", "heads", "shape", "mode", "fault"):
+    for part in ("family", "mesh", "heads", "shape", "mode", "fault"):
         assert {getattr(c, part) for c in some} == {getattr(c, part) for c in every}, part
-    assert {c.layout for c in every if c.shape == "odd" and c.heads == 3} == set(LAYOUTS)
+    assert {c.fault for c in every} == set(FAULTS)
+    assert {c.mesh for c in every if c.shape == "odd" and c.heads == 3} == set(MESHES)
     assert len({c.name for c in every}) == len(every)
 
 
@@ -73,12 +97,12 @@ def test_cfg_parallel_is_sequential_guidance_to_the_bit(matrix, tmp_path, num_ra
     runs, pairs = [], []
     for sp in inside:
         for mode in ("alone", "batched"):
-            cell = Cell("wan", 4, Layout(2, *sp), "odd", mode, "none")
-            run = {"model": cell.model, "requests": cell.requests, "mutation": "none"}
+            cell = Cell("wan", 4, Mesh(Layout(2, *sp)), "odd", mode, "none")
+            run = {"model": cell.folder, "requests": cell.requests, "mutation": "none"}
             runs.append(run | {"name": f"parallel/{cell.name}", "layout": [2, *sp]})
             runs.append(run | {"name": f"sequential/{cell.name}", "layout": [1, *sp], "joint": False})
             pairs += [(f"parallel/{cell.name}/{i}", f"sequential/{cell.name}/{i}") for i in range(len(cell.requests))]
-    models = {cell.model: str(matrix.folder_of(cell))}
+    models = {cell.folder: {"folder": str(matrix.folder_of(cell))}}
     for tensors in generate(tmp_path, num_ranks, models, runs):
         for parallel, sequential in pairs:
             assert torch.equal(tensors[f"{parallel}/latents"], tensors[f"{sequential}/latents"]), parallel
@@ -89,7 +113,7 @@ def test_demo_model_equals_diffusers(tmp_path, num_ranks):
     pipeline = load_pipeline(DEMO)
     run = {"model": "demo", "layout": [1, 1, num_ranks], "mutation": "none"}
     runs = [run | {"name": name, "requests": [case]} for name, case in DEMO_CASES.items()]
-    ranks = generate(tmp_path, num_ranks, {"demo": str(DEMO)}, runs)
+    ranks = generate(tmp_path, num_ranks, {"demo": {"folder": str(DEMO)}}, runs)
     for name, case in DEMO_CASES.items():
         latents = reference(pipeline, case)
         frames = np.stack([np.asarray(picture) for picture in reference(pipeline, case, "pil")[0]])

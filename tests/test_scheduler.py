@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter
-from dataclasses import dataclass
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from simulation import CARD, SECONDS, KnownCost, Simulation, State, bytes_of, ids_of
 
-import runtime.fairness
 from runtime.checkpoints import UNCLAIMED_S
 from runtime.cost import Constants, CostModel, Line
 from runtime.fairness import AGEING, PATIENCE_S, patient_until
+from runtime.layout import Layout
 from runtime.protocol import (
     Cancelled,
     Checkpoint,
@@ -26,10 +22,13 @@ from runtime.protocol import (
     Failed,
     Progress,
     Release,
+    Request,
     SavedState,
     Usage,
 )
-from runtime.scheduler import ITEM_SECONDS, MAX_ACTIVE
+from runtime.recovery import Verdict, judge
+from runtime.sampling import SamplingParams
+from runtime.scheduler import ITEM_SECONDS, MAX_ACTIVE, REJOIN_S
 
 
 @pytest.fixture
@@ -188,6 +187,55 @@ def test_an_encode_lasts_no_longer_than_an_item(mesh):
     assert {len(item.requests) for item in mesh.items_of(Encode)} == {round(ITEM_SECONDS / SECONDS["encode"])}
 
 
+def test_one_text_is_encoded_once_however_many_want_it():
+    """Four pictures of one prompt with an encoder that takes as long as an item."""
+    mesh = Simulation(cost=(cost := KnownCost(SECONDS | {"encode": 0.1})), ready=False)
+    mesh.join()
+    mesh.submit(*"abcd", prompt="a dog")
+    mesh.submit("e")
+    mesh.regroup()
+    mesh.run()
+    assert [ids_of(item) for item in mesh.items_of(Encode)] == [tuple("abcd"), ("e",)]
+    assert [units for kind, units in cost.observed if kind == "encode"] == [1, 1]
+
+
+def test_equal_texts_between_others_are_found():
+    mesh = Simulation(ready=False)
+    mesh.join()
+    requests = [
+        Request(name, CARD.check(SamplingParams(prompt=text, seed=1)))
+        for name, text in zip("abcde", "xyzxy", strict=True)
+    ]
+    for request in requests:
+        mesh.params[request.id], mesh.owner[request.id] = request.params, b"g"
+    mesh.scheduler.submit(b"g", tuple(requests), mesh.now)
+    mesh.regroup()
+    mesh.run()
+    assert [ids_of(item) for item in mesh.items_of(Encode)] == [("a", "b", "d", "e"), ("c",)]
+
+
+def test_equal_texts_of_different_submits_share_an_encode_that_they_would_be_in_anyway():
+    mesh = Simulation(cost=KnownCost(SECONDS | {"encode": 0.1}, growth=0.1))
+    mesh.join()
+    mesh.submit("a", steps=20)
+    mesh.run_to(Denoise)
+    mesh.submit("b", steps=20, prompt="a dog")
+    mesh.submit("c", steps=20, prompt="a cow")
+    mesh.submit("d", steps=20, prompt="a dog")
+    mesh.run()
+    assert [ids_of(item) for item in mesh.items_of(Encode)] == [("a",), ("b", "d"), ("c",)]
+
+
+def test_equal_texts_are_not_parted_by_a_batch_with_room_for_one_of_them():
+    mesh = Simulation(cost=KnownCost(growth=0.1), max_batch=2)
+    mesh.join()
+    mesh.submit("a", steps=20)
+    mesh.run_to(Denoise)
+    mesh.submit("b", "c", "d", steps=20, prompt="a dog")
+    mesh.run()
+    assert [ids_of(item) for item in mesh.items_of(Encode)] == [("a",), ("b", "c", "d")]
+
+
 def test_decode_of_one_alternates_with_denoise_of_another_key():
     mesh = Simulation(num_ranks=1)
     mesh.join()
@@ -282,8 +330,13 @@ def test_at_most_max_active_requests_hold_state():
     names = [f"r{n}" for n in range(MAX_ACTIVE * 2 + 3)]
     mesh.submit(*names, steps=1, frames=1)
     assert len(ids_of(mesh.items[0])) == MAX_ACTIVE
-    mesh.run(consume=False)
-    assert len(mesh.states) == MAX_ACTIVE
+    working = 0
+    while mesh.due:
+        records = mesh.scheduler.requests.values()
+        working = max(working, sum(record.stage in {"encode", "denoise"} for record in records))
+        mesh.next_report()
+    assert working == MAX_ACTIVE
+    assert MAX_ACTIVE <= len(mesh.states) < MAX_ACTIVE + MAX_ACTIVE // 4, "those that it has to store first"
     mesh.run()
     assert set(mesh.ends) == set(names)
     assert {type(end) for end in mesh.ends.values()} == {Completed}
@@ -681,6 +734,28 @@ def test_a_gateway_without_credits_does_not_stop_another():
     assert set(mesh.ends) == {"b"}
 
 
+@pytest.mark.parametrize(("credits", "frames"), [(1, 33), (1000, 1)])
+@pytest.mark.parametrize("key", ["", "another"])
+def test_a_gateway_that_stores_nothing_keeps_nobody_out(credits, frames, key):
+    """Its requests wait for room for their frames, or for its word; those of other gateways pass them."""
+    mesh = Simulation(cost=KnownCost(SECONDS | {"encode": 0.001}))
+    mesh.join(b"slow", credits=credits)
+    mesh.join(b"fast")
+    mesh.submit(*[f"s{n}" for n in range(3 * MAX_ACTIVE)], gateway=b"slow", steps=1, frames=frames)
+    mesh.run(consume=False)
+    assert len(mesh.states) < MAX_ACTIVE + MAX_ACTIVE // 4
+    names = [f"f{n}" for n in range(2 * MAX_ACTIVE)]
+    mesh.submit(*names, gateway=b"fast", steps=1, frames=1, key=key)
+    while mesh.due or mesh.gateways[b"fast"].inbox:
+        if mesh.gateways[b"fast"].inbox:
+            mesh.consume(b"fast")
+        else:
+            mesh.next_report()
+    assert set(mesh.ends) == set(names)
+    mesh.run()
+    assert len(mesh.ends) == 5 * MAX_ACTIVE
+
+
 def test_a_gateway_that_is_slow_to_store_keeps_no_rank(mesh):
     """The decoder is done with its last chunk, whoever still has to keep the frames."""
     mesh.submit("a", "b", "c", steps=1, frames=9)
@@ -710,6 +785,19 @@ def test_credits_come_back_when_a_decode_fails():
         mesh.run()
     assert {(end.code, end.reason) for end in mesh.ends.values()} == {("internal_error", "boom")}
     assert mesh.spare_credits(b"g") == 3
+
+
+def test_credits_of_a_failed_decode_go_back_to_the_gateway_that_paid():
+    """Another one took the request over meanwhile."""
+    mesh = Simulation()
+    mesh.join(b"old", credits=2)
+    mesh.join(b"new", credits=2)
+    mesh.submit("a", gateway=b"old", steps=1, frames=33)
+    item = mesh.run_to(Decode)
+    mesh.resubmit("a", b"new")
+    mesh.report(*item.ranks, item.seq, ("internal_error", "boom"))
+    mesh.run()
+    assert (mesh.spare_credits(b"old"), mesh.spare_credits(b"new")) == (2, 2)
 
 
 def test_credits_come_back_when_the_group_is_lost():
@@ -835,6 +923,14 @@ def run_to_batch(mesh, size):
 OOM = ("out_of_memory", "CUDA out of memory")
 
 
+def test_that_memory_ran_out_explains_what_the_other_ranks_say(mesh):
+    mesh.submit("a", steps=50)
+    item = mesh.run_to(Denoise)
+    mesh.report(0, item.seq, OOM)
+    mesh.report(1, item.seq, ("internal_error", "rank 0 left"))
+    assert mesh.ends["a"].code == "out_of_memory"
+
+
 def test_a_batch_that_runs_out_of_memory_is_halved_until_it_fits():
     mesh = batching()
     mesh.submit("a", "b", "c", "d", steps=50)
@@ -865,6 +961,61 @@ def test_a_decode_that_runs_out_of_memory_beside_others_is_repeated_alone(mesh):
     mesh.run()
     assert {type(end) for end in mesh.ends.values()} == {Completed}
     assert sum(item.steps for item in mesh.items_of(Denoise)) == 15
+
+
+@pytest.mark.parametrize("kind", [Encode, Denoise, Decode])
+def test_what_runs_out_of_memory_beside_the_states_of_others_gets_a_mesh_without_any(mesh, kind):
+    """Its items are always its own here; what fills the memory is what others hold meanwhile."""
+    mesh.submit("first", steps=100, key="another")
+    mesh.run_to(Denoise)
+    mesh.submit("large", steps=5, key="its own")
+    company, number = [], 0
+    while "large" not in mesh.ends:
+        assert mesh.now < 100, "it never gets it"
+        if len(mesh.scheduler.requests) < 4:
+            mesh.submit(f"other{number}", steps=5, key=f"key {number % 2}")
+            number += 1
+        for item in list(mesh.running.values()):
+            if isinstance(item, kind) and ids_of(item) == ("large",):
+                company.append(len(mesh.states) - 1)
+                mesh.finish_with(item, OOM if len(mesh.states) > 1 else None)
+        mesh.run(until=iter([False, True]).__next__)
+    mesh.run()
+    assert company[0] > 0, "nothing else held memory at first"
+    assert {type(end) for end in mesh.ends.values()} == {Completed}
+    assert not mesh.scheduler.losses.crash_loop(mesh.now)
+
+
+def test_a_suspect_of_a_loss_keeps_nobody_out():
+    """Only memory is kept free of others; the items of a suspect run alone, but others may be taken in between."""
+    mesh = batching()
+    mesh.submit("suspect", steps=20)
+    for _ in range(2):
+        mesh.run_to(Denoise)
+        mesh.lose_group()
+        mesh.regroup()
+    mesh.submit("other", steps=5, key="another")
+    mesh.run(until=lambda: {"suspect", "other"} <= set(mesh.states))
+    assert {"suspect", "other"} <= set(mesh.states)
+
+
+@pytest.mark.parametrize("code", ["internal_error", "out_of_memory", "checkpoint_unusable"])
+@pytest.mark.parametrize("batch", [1, 3])
+@pytest.mark.parametrize("num_active", [1, 3, 9])
+def test_who_is_to_blame_for_a_failed_item(code, batch, num_active):
+    requests = tuple(Request(name, CARD.check(SamplingParams(prompt="a cat", seed=1))) for name in "abc"[:batch])
+    ids, layout = tuple(request.id for request in requests), Layout(1, 1, 1)
+    items = [Encode(1, (0,), requests), Denoise(1, (0,), layout, ids, 1), Decode(1, (0,), ids[0], 1, "ipc://g", 0, 0)]
+    smaller = Verdict.ALONE if batch > 1 else Verdict.FAILS
+    beside = Verdict.SOLE if num_active > 1 else Verdict.FAILS
+    expected = {
+        "internal_error": (smaller, smaller, Verdict.FAILS),
+        "out_of_memory": (
+            (Verdict.ALONE, Verdict.IN_SMALLER_BATCHES, beside) if batch > 1 else (beside, beside, beside)
+        ),
+        "checkpoint_unusable": (Verdict.WITHOUT_CHECKPOINT,) * 3,
+    }
+    assert tuple(judge(item, code, num_active) for item in items) == expected[code]
 
 
 def test_a_group_that_breaks_by_a_full_memory_halves_the_batch_and_blames_nobody():
@@ -930,6 +1081,49 @@ def test_a_lost_decode_is_repeated_from_the_final_latents():
     assert next(item.first_chunk for item in mesh.items_of(Decode) if item.attempt == 1) == 0
 
 
+def test_a_checkpoint_that_is_told_of_after_the_loss_is_used():
+    """It was durable before the rank died; its request is in the line again, ordered by what is left."""
+    mesh = Simulation(checkpoint_every=5)
+    mesh.join()
+    mesh.submit("a", steps=20)
+    mesh.run(until=lambda: len(mesh.writing) == 1)
+    mesh.lose_group(durable=1)
+    before = mesh.scheduler.requests["a"].remaining_s
+    mesh.tell()
+    record = mesh.scheduler.requests["a"]
+    assert (record.step, record.saved_upto) == (5, 5)
+    assert record.remaining_s == pytest.approx(before - 5 * SECONDS["denoise"])
+    mesh.regroup()
+    assert mesh.items_of(Encode)[-1].resume == {"a": SavedState(5, "a-5", 1)}
+    mesh.run()
+    assert isinstance(mesh.ends["a"], Completed)
+
+
+def test_a_checkpoint_that_is_told_of_after_the_end_goes():
+    mesh = Simulation(checkpoint_every=5)
+    mesh.join()
+    mesh.submit("a", steps=20)
+    mesh.run(until=lambda: len(mesh.writing) == 1)
+    mesh.lose_group(durable=1)
+    mesh.cancel("a")
+    mesh.regroup()
+    mesh.tell()
+    assert mesh.files == {}
+
+
+def test_what_ends_as_it_starts_again_is_released_with_its_checkpoints():
+    mesh = Simulation(checkpoint_every=5)
+    mesh.join()
+    mesh.submit("a", "b", steps=20)
+    item = mesh.run_to(Encode)
+    mesh.scheduler.failed(0, item.seq, "internal_error", "boom", mesh.now)
+    mesh.scheduler.failed(1, item.seq, "internal_error", "boom", mesh.now)
+    mesh.scheduler.cancel("a", "why not", mesh.now)
+    releases = [planned for planned in mesh.scheduler.plan(mesh.now) if isinstance(planned, Release)]
+    released = [(release.request_ids, release.keep_saved) for release in releases]
+    assert released == [(("b",), True), (("a",), False)]
+
+
 def test_a_checkpoint_that_cannot_be_read_is_forgotten():
     mesh = Simulation(checkpoint_every=5)
     mesh.join()
@@ -938,6 +1132,7 @@ def test_a_checkpoint_that_cannot_be_read_is_forgotten():
     mesh.lose_group()
     mesh.regroup()
     mesh.files.clear()
+    mesh.told.clear()
     mesh.finish_with(mesh.run_to(Encode), ("checkpoint_unusable", "no such file"))
     mesh.run()
     assert isinstance(mesh.ends["a"], Completed)
@@ -1073,6 +1268,53 @@ def test_a_draining_mesh_finishes_and_refuses(mesh):
     assert isinstance(mesh.ends["a"], Completed)
     assert isinstance(mesh.ends["b"], Completed)
     assert mesh.scheduler.idle
+
+
+def test_a_drain_takes_what_was_accepted_in_an_earlier_life():
+    """The scheduler was started anew during the drain, and hears of that before the gateways hand in what they owe."""
+    mesh = Simulation(checkpoint_every=5, found={"saved": SavedState(15, "saved-15", 1)}, ready=False)
+    mesh.scheduler.drain(300.0, mesh.now)
+    mesh.join()
+    mesh.submit("new", "saved", steps=20)
+    mesh.submit("begun", steps=20, attempt=1)
+    assert {name: end.code for name, end in mesh.ends.items()} == {"new": "draining"}
+    mesh.regroup()
+    mesh.run()
+    assert {type(mesh.ends[name]) for name in ("saved", "begun")} == {Completed}
+    assert sum(item.steps for item in mesh.items_of(Denoise, "saved")) == 5
+    assert mesh.scheduler.drained(mesh.now + REJOIN_S)
+
+
+def test_a_drain_of_a_scheduler_that_has_just_begun_waits_for_gateways(mesh):
+    fresh = Simulation(ready=False)
+    fresh.scheduler.drain(None, fresh.now)
+    fresh.regroup()
+    assert not fresh.scheduler.drained(fresh.now + REJOIN_S - 0.1)
+    assert fresh.scheduler.drained(fresh.now + REJOIN_S)
+    mesh.scheduler.drain(None, mesh.now)
+    assert mesh.scheduler.drained(mesh.now), "who has seen its ranks has seen its gateways"
+
+
+def test_a_checkpoint_stays_for_whoever_may_still_come_for_it():
+    mesh = Simulation(checkpoint_every=5, found={"a": SavedState(15, "a-15", 1)})
+    mesh.submit("a", steps=20, gateway=b"given up")
+    assert mesh.ends.pop("a").code == "gateway_lost"
+    mesh.join()
+    mesh.submit("a", steps=20)
+    mesh.run()
+    assert sum(item.steps for item in mesh.items_of(Denoise)) == 5
+    assert mesh.files == {}
+
+
+def test_what_is_due_twice_is_saved_once():
+    """The item that ends as the drain's time does made a checkpoint due by itself."""
+    mesh = Simulation(checkpoint_every=5)
+    mesh.join()
+    mesh.submit("a", steps=20)
+    item = mesh.run_to(Denoise)
+    mesh.scheduler.drain(0.0, mesh.now)
+    mesh.finish(item)
+    assert mesh.writing == [("a", 5)]
 
 
 def test_a_drain_that_runs_out_of_time_saves_what_is_left():
@@ -1218,6 +1460,18 @@ def test_a_waiting_request_is_taken_over_at_once(two_gateways):
     assert isinstance(mesh.ends["short"], Cancelled)
 
 
+def test_a_deadline_holds_for_whoever_takes_the_request_over(two_gateways):
+    """It passed during an item: the old gateway's cancel is forgotten, the deadline is not."""
+    mesh = two_gateways
+    mesh.submit("a", gateway=b"old", steps=100, timeout_s=1.0)
+    item = mesh.run_to(Denoise)
+    mesh.now = 1.5
+    mesh.settle()
+    mesh.resubmit("a", b"new")
+    mesh.finish(item)
+    assert mesh.ends["a"].reason.startswith("its timeout of 1 s passed")
+
+
 def test_what_was_delivered_but_not_stored_is_decoded_again(two_gateways):
     mesh = two_gateways
     mesh.submit("a", gateway=b"old", steps=5)
@@ -1275,319 +1529,3 @@ def test_a_gateway_that_nobody_knows_takes_nothing_over(mesh):
     mesh.run()
     assert isinstance(mesh.ends["a"], Completed)
     assert len(mesh.items_of(Encode)) == 1
-
-
-# ---- everything at once ------------------------------------------------------------------------------------------
-
-INDEX, BURST = st.integers(0, 7), st.integers(1, 8)
-ARGUMENTS = {
-    "submit": (
-        INDEX,
-        st.integers(1, 3),
-        st.sampled_from([1, 4, 5, 12]),
-        st.sampled_from([1, 5, 9, 33]),
-        st.sampled_from(["", "one", "two"]),
-        st.sampled_from([0, 0, 0, 1]),
-    ),
-    "hurry": (INDEX, st.sampled_from([0.01, 0.2, 2.0])),
-    "resubmit": (INDEX, st.none() | INDEX),
-    "report": (INDEX, BURST),
-    "consume": (INDEX, BURST),
-    "join": (st.integers(1, 6),),
-    "fail": (INDEX, st.sampled_from(["internal_error", "out_of_memory"])),
-    "lose": (st.booleans(),),
-    "regroup": (),
-}
-CALM = {"submit": 4, "report": 16, "send": 3, "consume": 8, "resubmit": 1, "join": 1, "write": 3}
-ROUGH = CALM | {"hurry": 1, "cancel": 2, "fail": 2, "lose": 1, "regroup": 3, "leave": 1, "spoil": 1}
-"""Action -> how often, in relation to the others."""
-
-
-@st.composite
-def scripts(draw, weights):
-    weighted = [name for name, weight in weights.items() for _ in range(weight)]
-    names = draw(st.lists(st.sampled_from(weighted), min_size=30, max_size=120))
-    return [(name, *(draw(argument) for argument in ARGUMENTS.get(name, (INDEX,)))) for name in names]
-
-
-def pick(options, index):
-    return sorted(options)[index % len(options)]
-
-
-def do_submit(mesh, gateway, count, steps, frames, key="", priority=0, timeout_s=None):
-    if mesh.gateways:
-        names = [f"r{len(mesh.params) + n}" for n in range(count)]
-        terms = {"key": key, "priority": priority, "timeout_s": timeout_s}
-        mesh.submit(*names, gateway=pick(mesh.gateways, gateway), steps=steps, frames=frames, **terms)
-
-
-def do_hurry(mesh, gateway, timeout_s):
-    do_submit(mesh, gateway, 1, 12, 9, "one", 0, timeout_s)
-
-
-def do_resubmit(mesh, index, gateway):
-    """The owner says it again, or a gateway that nobody knows: nothing. Another one: it starts again for that."""
-    mesh.settle()
-    if known := set(mesh.params) - set(mesh.ends):
-        seen, request_id = len(mesh.news), pick(known, index)
-        mesh.resubmit(request_id, mesh.owner[request_id])
-        mesh.resubmit(request_id, b"any")
-        assert len(mesh.news) == seen
-        if gateway is not None and mesh.gateways:
-            mesh.resubmit(request_id, pick(mesh.gateways, gateway), key="two")
-
-
-def do_report(mesh, index, count):
-    for _ in range(min(count, len(mesh.due))):
-        mesh.report(*pick(mesh.due, index))
-
-
-def do_fail(mesh, index, code):
-    if mesh.due:
-        mesh.report(*pick(mesh.due, index), (code, "boom"))
-
-
-def do_write(mesh, index):
-    if mesh.writing:
-        mesh.write(index % len(mesh.writing))
-
-
-def do_spoil(mesh, index):
-    """A checkpoint cannot be written, or an item finds those that were written unusable."""
-    if mesh.writing:
-        mesh.write(index % len(mesh.writing), failed=True)
-    resumed = [(rank, seq) for rank, seq in mesh.due if getattr(mesh.running[seq], "resume", None)]
-    if resumed:
-        rank, seq = pick(resumed, index)
-        for request_id in ids_of(mesh.running[seq]):
-            mesh.files.pop(request_id, None)
-        mesh.report(rank, seq, ("checkpoint_unusable", "gone"))
-
-
-def do_lose(mesh, full):
-    broken = [seq for seq, item in mesh.running.items() if isinstance(item, Denoise)]
-    mesh.lose_group(culprit=(broken[0], "out_of_memory") if full and broken else None)
-
-
-def do_send(mesh, index):
-    if sending := [seq for seq, left in mesh.unsent.items() if left]:
-        mesh.send_chunk(pick(sending, index))
-
-
-def do_consume(mesh, index, count):
-    for _ in range(count):
-        if full := [name for name, gateway in mesh.gateways.items() if gateway.inbox]:
-            mesh.consume(pick(full, index))
-
-
-def do_cancel(mesh, index):
-    if mesh.params:
-        mesh.cancel(pick(mesh.params, index))
-
-
-def do_join(mesh, credits):
-    if len(mesh.gateways) < 3:
-        mesh.join(b"g%d" % mesh.num_joined, credits)
-
-
-def do_leave(mesh, index):
-    if mesh.gateways:
-        mesh.leave(pick(mesh.gateways, index))
-
-
-ACTIONS = {
-    "submit": do_submit,
-    "hurry": do_hurry,
-    "resubmit": do_resubmit,
-    "report": do_report,
-    "fail": do_fail,
-    "send": do_send,
-    "consume": do_consume,
-    "cancel": do_cancel,
-    "join": do_join,
-    "leave": do_leave,
-    "lose": do_lose,
-    "write": do_write,
-    "spoil": do_spoil,
-    "regroup": Simulation.regroup,
-}
-"""The lines of a script; one that makes no sense now does nothing."""
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What a mesh was started with."""
-
-    num_ranks: int
-    policy: str
-    growth: float
-    budget: int | None
-    checkpoint_every: int = 0
-    decode_on_all: bool = False
-
-
-SETTINGS = st.builds(
-    Setting,
-    st.integers(1, 3),
-    st.sampled_from(["srpt", "fifo", "deadline"]),
-    st.sampled_from([1.0, 0.5]),
-    st.sampled_from([None, bytes_of("decode", 33), bytes_of("decode", 33) * 2, bytes_of("decode", 9)]),
-    st.sampled_from([0, 1, 4]),
-    st.booleans(),
-)
-
-
-def play(script, setting):
-    """The whole script, then calm until nothing is left to do."""
-    cost = KnownCost(growth=setting.growth)
-    mesh = Simulation(
-        num_ranks=setting.num_ranks,
-        policy=setting.policy,
-        cost=cost,
-        budget=setting.budget,
-        checkpoint_every=setting.checkpoint_every,
-        decode_on_all=setting.decode_on_all,
-    )
-    mesh.join(b"first", 2)
-    for name, *arguments in script:
-        mesh.now += 0.01
-        ACTIONS[name](mesh, *arguments)
-        assert set(mesh.scheduler.requests) == set(mesh.params) - set(mesh.ends)
-    mesh.regroup()
-    mesh.run()
-    # Nobody comes any more for those whose gateway left.
-    mesh.now += 1000
-    mesh.settle()
-    mesh.run()
-    return mesh
-
-
-def check_end(mesh):
-    assert set(mesh.ends) == set(mesh.params), "lost or stuck"
-    assert mesh.scheduler.idle
-    assert mesh.states == {}, "never released"
-    assert mesh.files == {}, "the spool was not swept"
-    for request_id, end in mesh.ends.items():
-        if isinstance(end, Completed):
-            done = sum(item.steps for item in mesh.items_of(Denoise, request_id))
-            chunks = sum(item.chunks for item in mesh.items_of(Decode, request_id))
-            total, frames = mesh.params[request_id].num_inference_steps, mesh.total_chunks(request_id)
-            assert (done, chunks) == (total, frames) or (request_id in mesh.disturbed and done >= total)
-    for name, gateway in mesh.gateways.items():
-        mesh.budget = None
-        mesh.regroup()
-        spare = mesh.spare_credits(name)
-        assert spare == gateway.limit, "credits leaked" if spare < gateway.limit else "credits from nowhere"
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(script=scripts(CALM), setting=SETTINGS)
-def test_when_nothing_fails_everything_completes(script, setting):
-    mesh = play(script, setting)
-    refused = {request_id for request_id, end in mesh.ends.items() if not isinstance(end, Completed)}
-    largest = setting.budget or math.inf
-    assert refused == {r for r, params in mesh.params.items() if CARD.state_bytes(params, "decode") > largest}
-    check_end(mesh)
-
-
-@settings(max_examples=300, deadline=None, derandomize=True)
-@given(script=scripts(ROUGH), setting=SETTINGS)
-def test_whatever_happens_nothing_is_lost_repeated_or_leaked(script, setting):
-    mesh = play(script, setting)
-    again = play(script, setting)
-    assert (again.items, again.news, again.ends) == (mesh.items, mesh.news, mesh.ends)
-    check_end(mesh)
-
-
-def test_the_scripts_can_reach_every_end():
-    """The properties above are worth what their actions can do."""
-    first = ("report", 0, 1)
-    script = [
-        *[("submit", 0, 2, 5, 9), *[first] * 6, ("send", 0), ("consume", 0, 1), ("write", 0)],
-        *[("fail", 0, "internal_error"), ("fail", 0, "internal_error"), ("cancel", 1), *[first] * 6],
-        *[("submit", 0, 3, 5, 9), first, first, ("lose", False), ("submit", 0, 1, 1, 1), ("regroup",)],
-        *[("join", 3), ("submit", 1, 3, 1, 9), first, first, ("leave", 0)],
-    ]
-    mesh = play(script, Setting(2, "srpt", 0.5, None, 4))
-    assert {type(end) for end in mesh.ends.values()} == {Completed, Failed, Cancelled}
-    assert {type(item) for item in mesh.items} == {Encode, Denoise, Decode, Checkpoint, Release}
-    check_end(mesh)
-
-
-ARRIVALS = st.lists(
-    st.tuples(
-        st.floats(0, 0.5),
-        st.sampled_from(["one", "two", "three"]),
-        st.sampled_from([1, 4, 20, 60]),
-        st.sampled_from([1, 9, 9, 33]),
-    ),
-    min_size=5,
-    max_size=40,
-)
-"""(seconds after the last, key, steps, frames)."""
-
-
-@settings(max_examples=80, deadline=None, derandomize=True)
-@given(arrivals=ARRIVALS, num_ranks=st.integers(1, 3))
-def test_no_key_that_waits_lags_by_more_than_its_turns_items(arrivals, num_ranks):
-    """Clocks of keys that could run, where no batch pays: an item of the one ahead and one of the one behind.
-
-    Where batches pay, a key with many members in a shared one runs ahead of a key with few for as long as both share;
-    the one behind loses nothing by it and goes first afterwards, so no such bound holds there.
-    """
-    mesh = Simulation(num_ranks=num_ranks, cost=KnownCost(growth=1.0), budget=1 << 50)
-    mesh.join(credits=1000)
-    bound = 3 * ITEM_SECONDS * num_ranks
-    for number, (pause, key, steps, frames) in enumerate(arrivals):
-        until = mesh.now + pause
-        while mesh.due and min(mesh.due.values()) < until:
-            mesh.next_report()
-            check_lag(mesh, bound)
-        mesh.now = max(mesh.now, until)
-        mesh.submit(f"r{number}", key=key, steps=steps, frames=frames)
-        check_lag(mesh, bound)
-    while mesh.due or mesh.gateways[b"g"].inbox:
-        mesh.run(until=iter([False, True]).__next__)
-        check_lag(mesh, bound)
-    assert {type(end) for end in mesh.ends.values()} == {Completed}
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(arrivals=ARRIVALS, num_ranks=st.integers(1, 3))
-def test_no_request_waits_longer_than_for_the_work_that_may_go_before_it(arrivals, num_ranks):
-    """Within a key: ageing lets nothing overtake a request of R seconds that arrives R / AGEING later or more, and as
-    long as there is work the mesh does a second of it per second. With quick ageing the bound is a sharp one."""
-    ageing = 1.0
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(runtime.fairness, "AGEING", ageing)
-        check_waits(arrivals, num_ranks, ageing)
-
-
-def check_waits(arrivals, num_ranks, ageing):
-    mesh = Simulation(num_ranks=num_ranks, cost=KnownCost(growth=1.0), budget=1 << 50)
-    mesh.join(credits=1000)
-    arrived, ended = {}, {}
-
-    def note():
-        ended.update(dict.fromkeys(mesh.ends.keys() - ended.keys(), mesh.now))
-
-    for number, (pause, _, steps, frames) in enumerate(arrivals):
-        until = mesh.now + pause
-        mesh.run(until=lambda t=until: note() or not mesh.due or min(mesh.due.values()) >= t)
-        mesh.now = max(mesh.now, until)
-        mesh.submit(f"r{number}", steps=steps, frames=frames)
-        arrived[f"r{number}"] = (mesh.now, mesh.predicted[f"r{number}"])
-    mesh.run(until=note)
-    note()
-    for name, (at, work) in arrived.items():
-        horizon = at + work / ageing
-        before = sum(seconds for when, seconds in arrived.values() if when <= horizon)
-        assert ended[name] <= horizon + before + 4 * ITEM_SECONDS
-
-
-def check_lag(mesh, bound):
-    scheduler = mesh.scheduler
-    if not scheduler.running:
-        return
-    waiting = scheduler._waiting(mesh.now).keys() & scheduler._fair.clocks.keys() & scheduler._fair._waiting
-    assert scheduler._fair.lag(waiting) <= bound + 1e-9

@@ -28,9 +28,11 @@ from bench.simulate import (
 from bench.workloads import (
     LONG,
     SHORT,
+    TRACES,
     WORKLOADS,
     Shape,
     Workload,
+    at_rate,
     bursty,
     encode_trace,
     poisson,
@@ -65,6 +67,22 @@ def test_a_trace_is_the_same_for_a_seed_and_survives_its_file(tmp_path):
     assert read_trace(tmp_path / "trace.jsonl") == trace
     assert len(encode_trace(trace).splitlines()) == 50
     assert {arrival.key for arrival in trace} == {"k0", "k1", "k2"}
+
+
+def test_the_files_that_serving_is_measured_with_are_those_of_the_command():
+    for seed, path in enumerate(TRACES):
+        assert path.read_bytes() == encode_trace(MIX.trace(1.0, seed, 300))
+
+
+def test_another_rate_changes_the_gaps_and_nothing_else():
+    trace = read_trace(TRACES[0])
+    quick = at_rate(trace, 8.0)
+    assert len(quick) / quick[-1].arrival_s == pytest.approx(8.0)
+    stretch = trace[-1].arrival_s / quick[-1].arrival_s
+    assert [a.arrival_s * stretch for a in quick] == pytest.approx([a.arrival_s for a in trace])
+    assert [msgspec.structs.replace(a, arrival_s=0.0) for a in quick] == [
+        msgspec.structs.replace(a, arrival_s=0.0) for a in trace
+    ]
 
 
 @pytest.mark.parametrize("clock", [poisson, bursty])
@@ -114,7 +132,8 @@ def test_alone_a_request_takes_its_items_and_their_gaps():
 
 
 @pytest.mark.parametrize("policy", ["fifo", "srpt", "static-batch"])
-def test_no_rank_idles_while_work_waits(policy):
+def test_the_mesh_never_stands_still_while_work_waits(policy):
+    """Single ranks may: those that are due for an item on all of them."""
     trace = MIX.trace(1000.0, 5, 60)
     outcome = simulate(trace, policy, SETUP)
     assert outcome.stalled_s == 0
@@ -134,6 +153,21 @@ def test_steps_beat_whole_requests_on_a_mix():
     trace = MIX.trace(rate, 4, 200)
     whole, srpt = (simulate(trace, policy, SETUP) for policy in ("whole-request", "srpt"))
     assert mean(srpt) < 0.7 * mean(whole)
+
+
+def test_pre_emptions_are_counted_where_a_shorter_request_goes_first():
+    """One long video and a still that comes in its middle: put off once; in order, never."""
+    (video,) = Workload("l", (LONG,)).trace(1.0, 1, 1)
+    (still,) = Workload("s", (SHORT,)).trace(1.0, 1, 1)
+    middle = alone(Workload("l", (LONG,))) / 2
+    trace = [
+        msgspec.structs.replace(video, id="video", arrival_s=0.0),
+        msgspec.structs.replace(still, id="still", arrival_s=middle),
+    ]
+    counts = {policy: simulate(trace, policy, SETUP).preemptions for policy in ("srpt", "fifo", "whole-request")}
+    assert counts == {"srpt": 1, "fifo": 0, "whole-request": 0}
+    stills = [msgspec.structs.replace(still, id=f"s{n}", arrival_s=n * middle / 2) for n in (1, 2, 3)]
+    assert simulate([trace[0], *stills], "srpt", SETUP).preemptions == 3
 
 
 def test_a_timeout_ends_what_is_late():

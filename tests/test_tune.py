@@ -10,9 +10,10 @@ import msgspec
 import pytest
 from tiny_wan import DEMO
 
+from bench import parallel
 from launch.cli import main
 from launch.options import take_in
-from launch.tune import read_weights
+from launch.sizes import read_weights
 from runtime import traffic
 from runtime.errors import InvalidInput
 from runtime.layout import Layout
@@ -70,8 +71,10 @@ def tuner(folder, machine):
 def test_sizes_are_read_from_headers(folder):
     weights = read_weights(folder, 2)
     assert weights.blocks == 40
-    assert weights.largest_block == 2 * (8 * 5120**2 + 2 * 13824 * 5120)
-    assert weights.denoiser == 40 * weights.largest_block
+    block = 2 * (8 * 5120**2 + 2 * 13824 * 5120)
+    assert weights.denoiser == 40 * block
+    # The encoder of this folder is all root, and whole while it encodes.
+    assert weights.gathered == weights.encoders > 3 * block
     assert weights.encoders == 2 * 5.7e9
     assert weights.vae == 4 * 127e6
 
@@ -111,11 +114,6 @@ def test_sharded_weights_travel_once_per_forward():
     # Too many tokens for a joint forward: one for each branch, and so are the gathers.
     assert step_traffic(long, Layout(1, 1, 4), 4, weight_bytes=whole, blocks=8).weights == 2 * whole * 3 / 4
     assert step_traffic(long, Layout(2, 1, 2), 4, weight_bytes=whole, blocks=8).weights == whole * 3 / 4
-
-
-def test_the_executor_joins_branches_up_to_the_same_size():
-    executor = Path(__file__).parents[1] / "workers" / "executor.py"
-    assert f"JOINT_TOKENS = {traffic.JOINT_TOKENS:_}" in executor.read_text()
 
 
 # ---- the ranking -------------------------------------------------------------------------------------------------
@@ -164,7 +162,7 @@ def test_what_does_not_fit_is_last_and_fsdp_makes_it_fit(folder):
     assert not any(p.fits for p in ranked if not p.candidate.fsdp)
     assert "would be faster but needs" in why(ranked)
     whole = next(p for p in ranked if p.candidate == Candidate(ranked[0].candidate.layout))
-    spared = (on.weights.denoiser + on.weights.encoders) * 7 / 8 - 3 * on.weights.largest_block
+    spared = (on.weights.denoiser + on.weights.encoders) * 7 / 8 - on.weights.gathered
     assert whole.memory - ranked[0].memory == pytest.approx(spared)
     tiny = Tuner(on.card, on.configs, on.weights, msgspec.structs.replace(on.machine, memory=4 * GIB))
     assert why(tiny.rank(params, 8)).startswith("nothing fits: the smallest, ")
@@ -193,6 +191,28 @@ def test_weights_that_are_read_bound_a_small_step(folder):
     on = tuner(folder, "h100-nvlink")
     params = on.card.check(replace(SHAPE, height=64, width=64, num_frames=1))
     assert on.rank(params, 1)[0].seconds == pytest.approx(on.weights.denoiser / on.machine.memory_bandwidth)
+
+
+BENCH = Path(__file__).parents[1] / "bench" / "results"
+
+
+def test_the_shipped_constants_of_cpus_predict_what_was_measured_on_two_quiet_cores():
+    """Layouts of 2,048 tokens side by side, and a step of the demo model, by the committed results."""
+    measured = json.loads((BENCH / "parallel.json").read_text())["layouts"]
+    block = 4 * (8 * 384**2 + 2 * 384 * parallel.FFN)
+    weights = Weights(denoiser=3 * block, gathered=3 * block, blocks=3, encoders=0, vae=0)
+    on = Tuner(parallel.card(), parallel.CONFIGS, weights, load_machine("cpu-gloo"))
+    params = on.card.check(replace(SHAPE, height=256, width=256, num_frames=29))
+    every = [p for p in on.rank(params, 2) if not p.candidate.fsdp]
+    times = [measured[str(p.candidate.layout)]["seconds_per_step"]["median"] for p in every]
+    assert len(times) == 3
+    assert times[0] == min(times), "the layout that is chosen is the fastest in truth"
+    for prediction, seconds in zip(every, times, strict=True):
+        assert prediction.seconds / every[0].seconds == pytest.approx(seconds / times[0], rel=0.1)
+    units = json.loads((BENCH / "constants_demo_2ranks.json").read_text())["units"]
+    demo = tuner(DEMO, "cpu-gloo")
+    step = demo.predict(Candidate(Layout(1, 1, 2)), demo.card.check(SamplingParams(prompt="a"))).seconds
+    assert step == pytest.approx(units["denoise 64x64x17 branches=2 ranks=2 batch=1"]["seconds"], rel=0.25)
 
 
 # ---- the command -------------------------------------------------------------------------------------------------

@@ -500,6 +500,15 @@ def test_a_forward_alone_breaks_nobody(mesh, rank, broken):
     mesh.encode(rank.request("s"))
 
 
+def test_a_lost_gpu_ends_the_rank_though_it_was_alone(mesh, rank, broken):
+    """Every later call on the device would fail too, and the rank would look alive."""
+    mesh.encode(rank.request("r"))
+    broken(rank.family.denoiser, lambda: fail("CUDA error: an illegal memory access", torch.AcceleratorError))
+    assert mesh.denoise(1, "r", expect=ItemFailed).group_broken
+    mesh.thread.join(PATIENCE_S)
+    assert isinstance(mesh.ended, GroupBroken)
+
+
 @pytest.mark.parametrize("where", ["inputs", "solver", "encode", "decode", "unknown request"])
 def test_elsewhere_an_error_costs_the_item_alone(mesh, rank, broken, monkeypatch, where):
     """On two ranks too: no other rank waits for this one there."""

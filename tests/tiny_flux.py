@@ -26,6 +26,8 @@ def build_tiny_flux(folder: Path, *, distilled_guidance: bool = True, heads: int
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel, T5Tokenizer
 
+    # What `randomise` leaves of the first values (biases are added to) has to be the same in every process.
+    torch.manual_seed(0)
     tokenizer = CLIPTokenizer().train_new_from_iterator(CORPUS, vocab_size=400, show_progress=False)
     tokenizer.model_max_length = CLIP_TOKENS
     tokenizer_2 = T5Tokenizer(extra_ids=0).train_new_from_iterator(CORPUS, vocab_size=120, show_progress=False)
@@ -99,8 +101,8 @@ def load_pipeline(folder: Path, dtype: torch.dtype = torch.float32):
     return pipeline
 
 
-def reference(pipeline, case: dict, output_type: str = "latent"):
+def reference(pipeline, case: dict, output_type: str = "latent", **more):
     """What diffusers makes of one case, which holds the fields of SamplingParams."""
     words = {name: value for name, value in case.items() if name != "seed"}
     generator = torch.Generator("cpu").manual_seed(case["seed"])
-    return pipeline(**words, generator=generator, output_type=output_type).images
+    return pipeline(**words, generator=generator, output_type=output_type, **more).images

@@ -11,10 +11,10 @@ import sys
 import threading
 from pathlib import Path
 
-from runtime.config import Config, load_frozen
+from runtime.config import Config, fit_layout, load_frozen
 from runtime.keys import load_keys
 from runtime.log import get_logger, setup_logging
-from runtime.models.card import card_for, read_configs
+from runtime.models.card import card_for, most_branches, read_configs
 from runtime.process import die_with_parent
 from runtime.protocol import ItemFailed, Ready
 from runtime.wire import set_keys
@@ -50,7 +50,7 @@ def _serve(folder: Path, config: Config, seat: Seat, channel: WorkerChannel) -> 
     from workers.checkpoint import digest
     from workers.frames import FrameSender
     from workers.previews import Previews
-    from workers.setup import build_executor, describe_model, memory_budget, pick_device
+    from workers.setup import build_executor, describe_model, device_memory, memory_budget, pick_device
     from workers.spool import Spool
     from workers.worker import GroupBroken, Heart, Worker
 
@@ -58,6 +58,7 @@ def _serve(folder: Path, config: Config, seat: Seat, channel: WorkerChannel) -> 
     sender = FrameSender(seat.identity)
     configs = read_configs(folder)
     card = card_for(configs)
+    config = fit_layout(config, card, most_branches(card))
     try:
         executor, family, precisions = build_executor(config, folder, card, device, seat.rank, seat.generation, sender)
         measurements = measure(executor, family, card, config.layout)
@@ -70,7 +71,8 @@ def _serve(folder: Path, config: Config, seat: Seat, channel: WorkerChannel) -> 
         raise
     model = describe_model(config, folder, family, precisions, device) if seat.rank == 0 else None
     budget = memory_budget(device, config.num_gpus)
-    ready = Ready(seat.rank, seat.generation, model, budget, measurements if seat.rank == 0 else ())
+    told = measurements if seat.rank == 0 else ()
+    ready = Ready(seat.rank, seat.generation, model, budget, told, device_memory(device))
     channel.send(ready)
     spool = Spool(seat, config.spool, config.checkpoint_max_bytes, digest((configs, precisions, device.type)))
     executor.spool, executor.previews = spool, previews

@@ -12,6 +12,8 @@ from runtime.errors import FramemeshError
 from runtime.layout import Layout, layout_for
 from runtime.models.card import Card
 from runtime.protocol import Checkpoint, Decode, Denoise, Encode, FramesChunk, Release, WorkItem
+from runtime.traffic import JOINT_TOKENS
+from workers.device import settle
 from workers.models.family import Family
 from workers.parallel.cfg import branches_of, gather_branches
 from workers.parallel.comm import ALONE, Group
@@ -23,9 +25,6 @@ from workers.state import RequestState
 
 SendFrames = Callable[[str, FramesChunk, torch.Tensor], None]
 """(gateway endpoint, header, uint8 pixels)."""
-
-JOINT_TOKENS = 32_768
-"""Guidance branches share one forward up to this many tokens in all: beyond it batching wins no speed, only memory."""
 
 
 class Executor:
@@ -50,6 +49,8 @@ class Executor:
         """Encoders work together with other ranks, in every forward: weights are gathered, or layers shared."""
         self.decode_group: Group = ALONE
         """With whom this rank decodes when an item names several ranks."""
+        self.joint_tokens = JOINT_TOKENS
+        """Guidance branches share a forward up to this many tokens in all."""
         self._family = family
         self._card = card
         self._sequence = sequence
@@ -84,6 +85,7 @@ class Executor:
         since = time.monotonic()
         with self._collectives(self.sharded):
             embeddings = self._family.encode(item.requests)
+            settle(self._family.device)
         states: dict[str, RequestState] = {}
         for request, embedding in zip(item.requests, embeddings, strict=True):
             generator = torch.Generator("cpu").manual_seed(request.params.seed)
@@ -103,6 +105,9 @@ class Executor:
         for left in range(item.steps, 0, -1):
             with self._showing(item) if left == 1 else nullcontext():
                 self.step(states, item.layout, last=left == 1)
+        # Collectives too have only been queued: whoever does not come is noticed here.
+        with self._collectives(len(item.ranks) > 1):
+            settle(self._family.device)
         for state in states:
             state.spend("denoise", since)
 
@@ -160,7 +165,7 @@ class Executor:
         With guidance groups each branch runs alone, as it does without them above the limit: equal to the bit.
         """
         tokens = self._card.tokens(states[0].params) * len(states) * len(branches)
-        together = groups.cfg.size == 1 and tokens <= JOINT_TOKENS
+        together = groups.cfg.size == 1 and tokens <= self.joint_tokens
         return [branches] if together else [(branch,) for branch in branches]
 
     def _decode(self, item: Decode) -> None:
@@ -172,6 +177,7 @@ class Executor:
             since = time.monotonic()
             with self._collectives(group.size > 1, last=chunk == end - 1):
                 frames = next(decoder)
+                settle(self._family.device)
             state.spend("decode", since)
             count, height, width, _ = frames.shape
             header = FramesChunk(

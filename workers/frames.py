@@ -15,6 +15,7 @@ from runtime.errors import InvalidInput, PeerGone
 from runtime.log import get_logger
 from runtime.protocol import FramesChunk, ToScheduler
 from runtime.wire import Channel
+from workers.device import to_host
 
 QUEUED_CHUNKS = 16
 """Bound of the queue. Gateways grant chunks in advance, so frames fill it only if somebody breaks the rules."""
@@ -36,7 +37,8 @@ class FrameSender:
 
     def send(self, endpoint: str, header: FramesChunk, pixels: torch.Tensor) -> None:
         """Queue one chunk; waits only when the queue is full."""
-        self._queue.put(functools.partial(self._deliver, endpoint, header, lambda: pixels.cpu().numpy()))
+        # Copied from here, so that it comes before what this thread queues on the device next.
+        self._queue.put(functools.partial(self._deliver, endpoint, header, to_host(pixels).wait))
 
     def offer(self, endpoint: str, header: FramesChunk, draw: Callable[[], NDArray[np.uint8]]) -> None:
         """Queue a picture that the thread has to make first; it is lost if others wait already."""

@@ -6,7 +6,6 @@ warm-up to smooth random latents, later to finished requests, the latest most. I
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from runtime.log import get_logger
 from runtime.models.card import Card
 from runtime.protocol import FramesChunk, PreviewTo, Request
 from runtime.sampling import ResolvedParams
+from workers.device import to_host
 from workers.foresight import foresight_of
 from workers.frames import FrameSender
 from workers.models.family import Family
@@ -93,8 +93,8 @@ class Previews:
     def show(self, state: RequestState, to: PreviewTo) -> None:
         """Send a picture of where the request is heading. Waits for nothing; it is left out where frames wait."""
         assert state.foreseen is not None
-        copied = _copy(_middle(self._family.to_grid(state.foreseen, state.params)))
-        height, width = copied.values.shape[1:]
+        latents = _middle(self._family.to_grid(state.foreseen, state.params))
+        copied, (height, width) = to_host(latents), latents.shape[1:]
         header = FramesChunk(to.request_id, to.attempt, 0, 1, 1, height, width, kind="preview", step=state.step)
         self._sender.offer(to.endpoint, header, lambda: self.colours.picture(copied.wait()))
 
@@ -103,39 +103,13 @@ class Previews:
         grid = self._family.to_grid(state.latents, state.params)
         one_each = len(self._card.decode_chunks(state.params)) == grid.shape[1]
         if one_each and chunk == grid.shape[1] // 2:
-            latents, frame = _copy(_middle(grid)), frames[len(frames) // 2]
-            self._sender.later(lambda: self.colours.learn(latents.wait(), frame.cpu().numpy()))
-
-
-@dataclass(frozen=True)
-class _Copy:
-    """A tensor on its way to the host."""
-
-    values: torch.Tensor
-    done: torch.cuda.Event | None
-
-    def wait(self) -> NDArray[np.float32]:
-        if self.done is not None:
-            self.done.synchronize()
-        array: NDArray[np.float32] = self.values.numpy()
-        return array
-
-
-def _copy(tensor: torch.Tensor) -> _Copy:
-    """Ordered after all work that is queued on the device, and nobody waits for it here."""
-    source = tensor.float().contiguous()
-    if source.device.type != "cuda":
-        return _Copy(source.clone(), None)
-    host = torch.empty(source.shape, pin_memory=True)
-    host.copy_(source, non_blocking=True)
-    done = torch.cuda.Event()
-    done.record()
-    return _Copy(host, done)
+            latents, frame = to_host(_middle(grid)), to_host(frames[len(frames) // 2])
+            self._sender.later(lambda: self.colours.learn(latents.wait(), frame.wait()))
 
 
 def _middle(grid: torch.Tensor) -> torch.Tensor:
-    """(C, T, h, w) -> (C, h, w)."""
-    return grid[:, grid.shape[1] // 2]
+    """(C, T, h, w) -> (C, h, w), fp32 and nobody else's."""
+    return grid[:, grid.shape[1] // 2].float().clone()
 
 
 def _smooth_noise(like: torch.Tensor) -> torch.Tensor:

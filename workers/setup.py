@@ -72,7 +72,7 @@ def make_loader(config: Config, folder: Path, device: torch.device, rank: int, *
     """How weights are spread over the ranks; makes its groups, so every rank has to call it."""
     num_ranks = config.num_gpus
     mesh = shard_mesh(num_ranks, device) if config.use_fsdp_inference else None
-    # Without knowing its links, a machine is taken to have slow ones.
+    # A launcher has decided; by hand, without knowing its links, a machine is taken to have slow ones.
     machine = load_machine("h100-pcie" if device.type == "cuda" else "cpu-gloo")
     # Sharded encoders hold 1/N already; splitting their layers as well is only done when it is asked for.
     wanted = 1 if config.use_fsdp_inference and config.tp_size is None else config.tp_size
@@ -98,9 +98,18 @@ def describe_model(
     )
 
 
+def device_memory(device: torch.device) -> int:
+    """Bytes in all of the device that a rank works on, which ranks may share."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[1]
+    return int(psutil.virtual_memory().total)
+
+
 def memory_budget(device: torch.device, ranks_on_host: int) -> int:
     """Bytes for the states of requests: what is free after loading, less room for activations."""
     if device.type == "cuda":
         sharing = math.ceil(ranks_on_host / torch.cuda.device_count())
-        return int(torch.cuda.mem_get_info(device)[0] * STATE_SHARE / sharing)
+        # What torch keeps of the warm-up is free for this rank, though not for others.
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int((torch.cuda.mem_get_info(device)[0] / sharing + kept) * STATE_SHARE)
     return int(psutil.virtual_memory().available * STATE_SHARE / ranks_on_host)

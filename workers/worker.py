@@ -42,7 +42,7 @@ log = get_logger("worker")
 
 
 class GroupBroken(Exception):
-    """A multi-rank forward raised here: posted sends and receives may wait for ever, only a restart is safe."""
+    """Only a restart is safe: posted sends and receives of a multi-rank forward may wait for ever, or a GPU is lost."""
 
 
 class Heart(threading.Thread):
@@ -137,7 +137,9 @@ class Worker:
     def _failed(self, item: WorkItem, error: Exception) -> None:
         """Report it, and go on where no other rank can wait for us."""
         code, reason = failure_code(error), describe(error)
-        broken = self._executor.in_collectives and len(item.ranks) > 1
+        alone = not self._executor.in_collectives or len(item.ranks) == 1
+        # After an error in a kernel every later call of the process fails too.
+        broken = not alone or isinstance(error, torch.AcceleratorError)
         told = "".join(traceback.format_exception(error))
         log.error("item failed", seq=item.seq, error=str(error), traceback=told, requests=self._described(item))
         if not broken:

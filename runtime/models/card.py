@@ -6,11 +6,10 @@ A card is built from the folder's JSON configs alone; gateway, CLI, scheduler an
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
-
-import msgspec
 
 from runtime.errors import InvalidInput
 from runtime.models.flux import FluxCard
@@ -83,7 +82,7 @@ class Card(Protocol):
         ...
 
     def batch_key(self, params: ResolvedParams, step: int) -> tuple[Any, ...]:
-        """Requests with equal keys may share this step's forward."""
+        """Requests with equal keys may share this step's forward; a deterministic one with none, whatever its key."""
         ...
 
     def decode_chunks(self, params: ResolvedParams) -> tuple[int, ...]:
@@ -170,9 +169,27 @@ def _check_solver(configs: Configs) -> None:
 
 
 def most_branches(card: Card) -> int:
-    """Guidance branches of a step with everything that the family guides by."""
-    plain = card.check(SamplingParams(prompt="a"))
-    return len(card.branches(msgspec.structs.replace(plain, guidance_scale=4.0, true_cfg_scale=4.0), 0))
+    """Most guidance branches that a request which the family takes can have."""
+    guided = (
+        usual_request(),
+        SamplingParams(prompt="a", guidance_scale=4.0),
+        SamplingParams(prompt="a", negative_prompt="b", true_cfg_scale=4.0),
+    )
+    return max(len(card.branches(params, 0)) for params in _taken(card, guided))
+
+
+def usual_request() -> SamplingParams:
+    """What layouts are chosen for: every default of the model, the scale of its guidance included.
+
+    Image families guide by it only where there is a negative prompt, be it a blank one.
+    """
+    return SamplingParams(prompt="a measurement", negative_prompt=" ")
+
+
+def _taken(card: Card, requests: Iterable[SamplingParams]) -> Iterator[ResolvedParams]:
+    for params in requests:
+        with suppress(InvalidInput):
+            yield card.check(params)
 
 
 def _bounded(digits: str) -> int:

@@ -66,6 +66,7 @@ class ImageCard:
             width=self._size("width", params.width),
             **STILL,
             true_cfg_scale=self._true_cfg(params),
+            deterministic=bool(params.deterministic),
         )
 
     def guidance(self, params: SamplingParams) -> float:
@@ -106,7 +107,7 @@ class ImageCard:
 
     def batch_key(self, params: ResolvedParams, step: int) -> tuple[Any, ...]:
         """Rows of a forward share their positions, so the grid has to be the same, not only its token count."""
-        return (self.grid(params), self.branches(params, step))
+        return (self.grid(params), self.branches(params, step), params.deterministic)
 
     def decode_chunks(self, params: ResolvedParams) -> tuple[int, ...]:
         return (1,)

@@ -103,6 +103,7 @@ class WanCard:
             width=width,
             num_frames=self._frames(params.num_frames),
             fps=self._whole("fps", params.fps, 240),
+            deterministic=bool(params.deterministic),
         )
 
     def clean_prompt(self, text: str) -> str:
@@ -129,7 +130,7 @@ class WanCard:
         return ("cond", "uncond") if params.guidance_scale > 1.0 else ("cond",)
 
     def batch_key(self, params: ResolvedParams, step: int) -> tuple[Any, ...]:
-        return (self.latent_shape(params), self.branches(params, step))
+        return (self.latent_shape(params), self.branches(params, step), params.deterministic)
 
     def decode_chunks(self, params: ResolvedParams) -> tuple[int, ...]:
         latent_frames = self.latent_shape(params)[2]

@@ -199,11 +199,14 @@ class FluxFamily:
 
     def inputs(self, states: Sequence[RequestState], branches: Sequence[str]) -> dict[str, Any]:
         rows = [(state, branch) for branch in branches for state in states]
-        scales = [state.params.guidance_scale for state, _ in rows]
+        # Filled where they are used: a copy from the host would wait for all that is queued on the device.
+        scales = [torch.full((1,), state.params.guidance_scale, device=self.device) for state, _ in rows]
         return {
             "hidden_states": torch.cat([state.latents.to(self.dtype) for state, _ in rows]),
-            "timestep": torch.stack([state.timestep for state, _ in rows]) / 1000,
-            "guidance": torch.tensor(scales, device=self.device) if self.card.guidance_embeds else None,
+            # Rounded before the division, as in the pipeline: the denoiser multiplies by 1000 again and finds what was
+            # rounded once. The other order is off by up to twice as much in bf16.
+            "timestep": torch.stack([state.timestep for state, _ in rows]).to(self.dtype) / 1000,
+            "guidance": torch.cat(scales) if self.card.guidance_embeds else None,
             "pooled_projections": torch.cat([state.embeddings[branch + POOLED] for state, branch in rows]),
             "encoder_hidden_states": torch.cat([state.embeddings[branch] for state, branch in rows]),
             "txt_ids": torch.zeros(TEXT_TOKENS, 3, device=self.device),

@@ -226,10 +226,12 @@ def pad_text(prompts: Sequence[torch.Tensor]) -> tuple[torch.Tensor, torch.Tenso
     if len(set(lengths)) == 1:
         return torch.cat(list(prompts)), None
     text = prompts[0].new_zeros(len(prompts), max(lengths), prompts[0].shape[-1])
+    # Filled where it is used: a copy from the host would wait for all that is queued on the device.
+    mask = torch.zeros(text.shape[:2], dtype=torch.bool, device=text.device)
     for row, prompt in enumerate(prompts):
         text[row, : lengths[row]] = prompt[0]
-    places = torch.arange(max(lengths), device=text.device)
-    return text, places < torch.tensor(lengths, device=text.device)[:, None]
+        mask[row, : lengths[row]] = True
+    return text, mask
 
 
 def rescaled_guidance(cond: torch.Tensor, uncond: torch.Tensor, scale: float) -> torch.Tensor:

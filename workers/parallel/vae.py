@@ -131,7 +131,9 @@ class StripParallel:
         """(B, G, 1) mean and variance over all strips, merged from those of each (Chan et al. 1979)."""
         variance, mean = torch.var_mean(x_BGN, dim=2, correction=0)
         gathered = self._group.all_gather(torch.stack((mean, variance)).unsqueeze(0), 0, [1] * self._group.size)
-        share = torch.tensor(self._rows, dtype=x_BGN.dtype, device=x_BGN.device).view(-1, 1, 1) / sum(self._rows)
+        # Filled where they are used: a copy from the host would wait for all that is queued on the device.
+        rows = torch.cat([x_BGN.new_full((1, 1, 1), size) for size in self._rows])
+        share = rows / sum(self._rows)
         means, variances = gathered.unbind(1)
         whole = (share * means).sum(0)
         spread = (share * (variances + (means - whole) ** 2)).sum(0)
