@@ -136,7 +136,7 @@ def _doing(rank: int, running: Running) -> str:
     kind, units, batch = item_size(running.item)
     match running.item:
         case Encode():
-            return f"{kind} x{units}"
+            return f"{kind} x{len(running.item.requests)}"
         case Denoise():
             return f"{kind} x{batch}, {_count(units, 'step')}"
         case Decode():

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import tempfile
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import structlog
 
 # Ranks and test processes share two cores: more threads than cores make everything slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# A shell starts its background jobs with SIGINT ignored, and so would everything be that tests start and interrupt.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
