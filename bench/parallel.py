@@ -8,9 +8,9 @@ ring each send 19.4 MB per rank and step, CFG parallelism 0.5 MB. gloo moves abo
 of more than a second; ring hides its share behind the kernel. Efficiency of at least 0.95 everywhere, above 1 where
 threads scale badly.
 
-Measured: guidance groups 1.05, ring 0.99, Ulysses 0.93. A step takes 0.4 s and not more than a second, so the same bytes
-weigh more; and of what Ulysses pays, gloo's transfers are the smaller part: q, k, v and the output are copied once into
-and once out of the order in which they travel, which are fresh pages each time.
+Measured: guidance groups 1.05, ring 0.99, Ulysses 0.93. A step takes 0.4 s and not more than a second, so the same
+bytes weigh more; and of what Ulysses pays, gloo's transfers are the smaller part: q, k, v and the output are copied once
+into and once out of the order in which they travel, which are fresh pages each time.
 """
 
 from __future__ import annotations
