@@ -9,8 +9,8 @@ of more than a second; ring hides its share behind the kernel. Efficiency of at 
 threads scale badly.
 
 Measured: guidance groups 1.05, ring 0.99, Ulysses 0.93. A step takes 0.4 s and not more than a second, so the same
-bytes weigh more; and of what Ulysses pays, gloo's transfers are the smaller part: q, k, v and the output are copied once
-into and once out of the order in which they travel, which are fresh pages each time.
+bytes weigh more; and of what Ulysses pays, gloo's transfers are the smaller part: q, k, v and the output are copied
+once into and once out of the order in which they travel, which are fresh pages each time.
 """
 
 from __future__ import annotations
