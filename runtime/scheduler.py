@@ -529,8 +529,9 @@ class Scheduler:
         self.predictions.observe(item, records[0].request.params, running.seconds)
         for record in records:
             self._advance(record, item, now)
-            if not self._settle(record, now):
-                self._report(record)
+            # Told even when it ends here: the frames of its last decode may be stored before the ranks report it.
+            self._report(record)
+            self._settle(record, now)
 
     def _book(self, running: Running, records: list[RequestRecord]) -> None:
         """What a finished item took, on its requests and their accounts; a rank waits for the slowest of its item."""
