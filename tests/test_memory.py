@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from dataclasses import replace
+from functools import partial
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from simulation import CARD, KnownCost, Simulation, bytes_of
+from single_rank import STEPS, SingleRank
+from tiny_flux import build_tiny_flux
+from tiny_qwen_image import build_tiny_qwen_image
+from tiny_wan import build_tiny_wan
 
 from runtime.memory import MemoryLedger
 from runtime.models.card import card_for
@@ -190,9 +197,59 @@ def test_what_was_queued_before_the_budget_was_known_is_checked_when_it_is():
 
 def test_the_real_size_of_wan_at_480p_is_gigabytes():
     """The budget is about what a machine has: 81 frames of 832x480 with the 1.3B model's VAE."""
-    card = replace(card_for(_configs()), vae_base_dim=96)
+    card = replace(card_for(_configs()), vae_base_dim=96, vae_patch=1)
     params = CARD.check(SamplingParams(prompt="a cat", height=480, width=832, num_frames=81))
     assert 1 << 30 < card.state_bytes(params, "decode") < 16 << 30
+
+
+@pytest.mark.parametrize(
+    "build, asked",
+    [
+        (build_tiny_wan, {}),
+        (partial(build_tiny_wan, patched_vae=True), {}),
+        (build_tiny_flux, {"num_frames": None, "guidance_scale": None}),
+        (
+            build_tiny_qwen_image,
+            {"num_frames": None, "guidance_scale": None, "true_cfg_scale": 4.0, "negative_prompt": "ugly " * 600},
+        ),
+    ],
+    ids=["wan", "patched wan", "flux", "qwen-image"],
+)
+def test_what_is_booked_covers_what_a_request_really_holds(build, asked, tmp_path):
+    """Every tensor that is reachable from a state, with the longest prompt, after each step and each chunk."""
+    rank = SingleRank(build(tmp_path / "model"), tmp_path / "spool")
+    wanted = {"prompt": "circle " * 600, "height": 64, "width": 96, "num_frames": 17}
+    request = rank.request("a", **{**wanted, **asked})
+    state, booked = rank.encode(request), partial(rank.card.state_bytes, request.params)
+    denoising, decoding = [held_bytes(state)], []
+    for _ in range(STEPS):
+        rank.denoise(1, "a")
+        denoising.append(held_bytes(state))
+    state.decoder = rank.family.decode(state)
+    for _ in rank.card.decode_chunks(request.params):
+        next(state.decoder)
+        decoding.append(held_bytes(state))
+    assert max(denoising) <= booked("denoise") <= 2 * max(denoising)
+    assert max(decoding) <= booked("decode") <= 3 * max(decoding)
+
+
+def held_bytes(state):
+    """Of the storages behind a state's tensors: its attributes, its solver's, and what its open decode has at hand."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in _tensors(state, set())}.values())
+
+
+def _tensors(thing, seen):
+    if id(thing) in seen or isinstance(thing, torch.nn.Module):
+        return
+    seen.add(id(thing))
+    if isinstance(thing, torch.Tensor):
+        yield thing
+        return
+    if inspect.isgenerator(thing):
+        thing = {name: value for name, value in thing.gi_frame.f_locals.items() if name != "self"}
+    parts = thing.values() if isinstance(thing, dict) else thing if isinstance(thing, list | tuple) else None
+    for part in vars(thing).values() if parts is None and hasattr(thing, "__dict__") else parts or ():
+        yield from _tensors(part, seen)
 
 
 def _configs():

@@ -34,6 +34,7 @@ class FluxCard(ImageCard):
     family: str = "flux"
     pipeline_class: str = "FluxPipeline"
     text_tokens: int = TEXT_TOKENS
+    most_text_tokens: int = TEXT_TOKENS
 
     @staticmethod
     def from_configs(configs: dict[str, dict[str, Any]]) -> FluxCard:

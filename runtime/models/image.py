@@ -39,6 +39,8 @@ class ImageCard:
     pipeline_class: str
     text_tokens: int
     """Of a usual prompt, as the denoiser sees it."""
+    most_text_tokens: int
+    """Of the longest one: what is held may be as much."""
     task_type: str = "T2I"
     decode_streams: str = "in one piece"
     decodes_in_strips: bool = True
@@ -115,7 +117,7 @@ class ImageCard:
     def state_bytes(self, params: ResolvedParams, stage: str) -> int:
         """fp32 latents and a solver step's worth of copies, and the embeddings of every branch."""
         _, tokens, channels = self.latent_shape(params)
-        embeddings = len(self.branches(params, 0)) * self.text_tokens * self.text_dim
+        embeddings = len(self.branches(params, 0)) * self.most_text_tokens * self.text_dim
         decoded = 3 * params.height * params.width if stage == "decode" else 0
         return 4 * (4 * tokens * channels + embeddings + decoded)
 

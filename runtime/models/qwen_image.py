@@ -41,6 +41,7 @@ class QwenImageCard(ImageCard):
     family: str = "qwen_image"
     pipeline_class: str = "QwenImagePipeline"
     text_tokens: int = TEXT_TOKENS
+    most_text_tokens: int = MAX_TEXT_TOKENS
 
     @staticmethod
     def from_configs(configs: dict[str, dict[str, Any]]) -> QwenImageCard:

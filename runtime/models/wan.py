@@ -43,9 +43,11 @@ class WanCard:
     ffn_dim: int
     channels: int
     patch: tuple[int, int, int]
+    text_dim: int
     spatial: int
     temporal: int
     vae_base_dim: int
+    vae_patch: int
     defaults: dict[str, float]
 
     family: str = "wan"
@@ -71,9 +73,11 @@ class WanCard:
             ffn_dim=dit["ffn_dim"],
             channels=dit["in_channels"],
             patch=tuple(dit["patch_size"]),
+            text_dim=dit["text_dim"],
             spatial=vae.get("scale_factor_spatial", 8),
             temporal=vae.get("scale_factor_temporal", 4),
             vae_base_dim=vae.get("decoder_base_dim") or vae["base_dim"],
+            vae_patch=vae.get("patch_size") or 1,
             defaults=PIPELINE_DEFAULTS | configs.get("framemesh", {}).get("defaults", {}),
         )
 
@@ -144,10 +148,11 @@ class WanCard:
         numel = 1
         for size in self.latent_shape(params):
             numel *= size
-        embeddings = 2 * TEXT_TOKENS * self.heads * self.head_dim * 4
+        state = 4 * (4 * numel + len(self.branches(params, 0)) * TEXT_TOKENS * self.text_dim)
         if stage != "decode":
-            return 4 * 4 * numel + embeddings
-        return 4 * 4 * numel + 2 * 4 * 16 * self.vae_base_dim * params.height * params.width
+            return state
+        pixels = params.height * params.width // self.vae_patch**2
+        return state + 2 * 4 * 16 * self.vae_base_dim * pixels
 
     def _default(self, name: str, value: float | None) -> float:
         return self.defaults[name] if value is None else value

@@ -178,7 +178,8 @@ class QwenImageFamily:
         """
         ids = torch.tensor([tokens], device=self.device)
         hidden = self.text_encoder(ids, torch.ones_like(ids), use_cache=False).last_hidden_state
-        return hidden[:, TEMPLATE_TOKENS:].to(self.dtype)
+        # A copy: a view would hold the template's part for as long as the request lives.
+        return hidden[:, TEMPLATE_TOKENS:].to(self.dtype, copy=True)
 
     def prepare(
         self, request: Request, embeddings: dict[str, torch.Tensor], generator: torch.Generator
