@@ -203,7 +203,7 @@ def test_the_real_size_of_wan_at_480p_is_gigabytes():
 
 
 @pytest.mark.parametrize(
-    "build, asked",
+    ("build", "asked"),
     [
         (build_tiny_wan, {}),
         (partial(build_tiny_wan, patched_vae=True), {}),
