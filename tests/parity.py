@@ -53,7 +53,11 @@ class Mesh:
 
 ULYSSES, RING, CFG, USP = Layout(1, 1, 2), Layout(1, 2, 1), Layout(2, 1, 1), Layout(1, 2, 2)
 CFG_ULYSSES, CFG_RING, ULYSSES_4, RING_4 = Layout(2, 1, 2), Layout(2, 2, 1), Layout(1, 1, 4), Layout(1, 4, 1)
-COMBINED = [*map(Mesh, (CFG_RING, ULYSSES_4, RING_4)), Mesh(CFG_ULYSSES, 4)]
+ALL_AT_ONCE = Layout(2, 2, 2)
+COMBINED = [
+    *map(Mesh, (CFG_RING, ULYSSES_4, RING_4)),
+    *(Mesh(CFG_ULYSSES, 4), Mesh(ALL_AT_ONCE), Mesh(ALL_AT_ONCE, 8)),
+]
 """Of these every shape and head count runs either alone or batched, in turns."""
 MESHES = [
     *map(Mesh, (Layout(), ULYSSES, RING, CFG, USP, CFG_ULYSSES)),

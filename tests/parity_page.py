@@ -45,7 +45,7 @@ An entry is the largest difference of the final latents, over all ranks, from th
 
 * **even**, **odd**: a number of tokens that divides by the ranks, and one that does not. **still**: three tokens of a
   picture; on four ranks one has none. **masked**: texts of different lengths in one forward. **unguided**: one branch;
-  guidance groups join sequence parallelism. Each is the worst over 4 and 3 heads, alone and batched; the last four
+  guidance groups join sequence parallelism. Each is the worst over 4 and 3 heads, alone and batched; the last six
   rows have every second of these cells.
 * **odd heads**: the worst of those with 3 heads, which divide by no degree. **batched**: the worst of those where
   a second request joins three steps later, so that forwards hold two timesteps. **frames**: shades of 255.

@@ -1,4 +1,4 @@
-"""The oracle: latents and frames on 1, 2 and 4 ranks against diffusers' own pipeline, same seed, fp32."""
+"""The oracle: latents and frames on 1, 2, 4 and 8 ranks against diffusers' own pipeline, same seed, fp32."""
 
 import functools
 
