@@ -30,6 +30,7 @@ WAN = {
         "attention_head_dim": 128,
         "num_layers": 40,
         "ffn_dim": 13824,
+        "text_dim": 4096,
         "in_channels": 16,
         "patch_size": [1, 2, 2],
     },

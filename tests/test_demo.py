@@ -3,6 +3,7 @@
 import itertools
 import json
 import random
+import shutil
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -10,7 +11,7 @@ import av
 import numpy as np
 import pytest
 import torch
-from diffusers import WanPipeline
+from diffusers import AutoencoderKLWan, WanPipeline
 from PIL import Image
 
 from workers.demo import evaluate, train
@@ -31,6 +32,7 @@ from workers.demo.denoise import CountedText, DenoiserLoss, _sigmas
 from workers.demo.evaluate import to_bytes
 from workers.demo.judge import judge
 from workers.demo.trainer import Schedule, Trainer
+from workers.demo.vae import decode_clip, moments, widened
 
 SCENE = Scene("star", "yellow", "blue", "right", "medium", 0.42, 0.5, 0.5, 0.35, 180.0)
 
@@ -227,9 +229,38 @@ def test_all_stages_make_a_folder_that_diffusers_loads(tmp_path: Path, capsys: p
     }
     assert "transformer 2/2 total" in capsys.readouterr().out
     other = replace(shop, recipe=replace(TINY, schedules=TINY.schedules | {"vae": Schedule(steps=3, lr=1e-2)}))
+    with pytest.raises(ValueError, match="wide decoder already"):
+        train.train_vae(other)
+    shutil.rmtree(shop.parts / "vae")
     train.train_vae(other)
     with pytest.raises(ValueError, match="another VAE encoder"):
         train.make_latents(other)
+
+
+def random_vae() -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    vae = train._new_vae(TINY).requires_grad_(False)
+    for weight in vae.parameters():
+        weight.add_(0.1 * torch.randn(weight.shape))
+    return vae
+
+
+@pytest.mark.parametrize("frames", [1, 5, 13])
+def test_a_clip_in_one_pass_is_the_clip_by_latent_frames(frames: int):
+    vae, video = random_vae(), torch.rand(2, 3, frames, 16, 24) * 2 - 1
+    latents = vae.encode(video).latent_dist.mean
+    torch.testing.assert_close(moments(vae, video).chunk(2, 1)[0], latents)
+    torch.testing.assert_close(decode_clip(vae, latents).clamp(-1, 1), vae.decode(latents).sample)
+
+
+@pytest.mark.parametrize("times", [2, 3])
+def test_a_widened_decoder_gives_the_same_and_its_copies_can_learn_to_differ(times: int):
+    vae = random_vae()
+    latents, wide = torch.randn(1, 4, 3, 2, 3), widened(vae, times)
+    assert wide.config.decoder_base_dim == 4 * times
+    torch.testing.assert_close(wide.decode(latents).sample, vae.decode(latents).sample)
+    weight = wide.decoder.conv_out.weight.chunk(times, 1)
+    assert not torch.allclose(weight[0], weight[1])
 
 
 def test_small_sigmas_are_trained_on_too():

@@ -38,7 +38,8 @@ def folder(tmp_path_factory):
     (place / "model_index.json").write_text((DEMO / "model_index.json").read_text())
     edit(place / "transformer", num_attention_heads=40, attention_head_dim=128, num_layers=40, ffn_dim=13824)
     edit(place / "transformer", in_channels=16, out_channels=16, patch_size=[1, 2, 2])
-    edit(place / "vae", base_dim=96, scale_factor_spatial=8, scale_factor_temporal=4)
+    edit(place / "vae", base_dim=96, decoder_base_dim=None, patch_size=None)
+    edit(place / "vae", scale_factor_spatial=8, scale_factor_temporal=4)
     wide, ffn = [5120, 5120], [13824, 5120]
     denoiser = {f"blocks.{i}.attn{a}.to_{x}.weight": wide for i in range(40) for a in (1, 2) for x in "qkvo"}
     denoiser |= {f"blocks.{i}.ffn.{x}.weight": ffn for i in range(40) for x in (0, 2)}

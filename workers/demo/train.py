@@ -41,13 +41,13 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
 from tokenizers.models import Unigram
 from torch import nn
-from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from workers.demo.data import DIRECTIONS, Scene, describe, held_out_prompts, render, training_scene
 from workers.demo.denoise import WORDS, Batch, DenoiserLoss, WordsHead
 from workers.demo.evaluate import Setting, contact_sheet, generate, to_bytes
 from workers.demo.trainer import Losses, Schedule, Trainer, save_atomically
+from workers.demo.vae import VaeLoss, start_linear, widened
 
 Size = tuple[int, int, int]
 """Frames, height, width."""
@@ -67,6 +67,8 @@ class Recipe:
     seed: int = 0
     text: dict[str, int] = field(default_factory=lambda: {"d_model": 128, "d_kv": 32, "d_ff": 256, "num_layers": 2})
     vae: dict[str, Any] = field(default_factory=lambda: {"base_dim": 16, "z_dim": 16, "dim_mult": [1, 2, 4]})
+    widening: int = 2
+    """How many times the encoder's channels the decoder has in the end; it is the narrower part."""
     transformer: dict[str, int] = field(
         default_factory=lambda: {"num_attention_heads": 4, "attention_head_dim": 32, "num_layers": 6, "ffn_dim": 512}
     )
@@ -207,62 +209,33 @@ def tokenized(tokenizer: Any, prompts: list[str], device: torch.device) -> tuple
 # -- VAE ---------------------------------------------------------------------------------------------------------------
 
 
-class VaeLoss(nn.Module):
-    """L1 and L2, five times as heavy near outlines, and a little KL; without an encoder's gradient if it is frozen."""
-
-    def __init__(self, vae: Any, encoder: bool) -> None:
-        super().__init__()
-        self.vae, self._learns = vae, encoder
-        vae.encoder.requires_grad_(encoder)
-        vae.quant_conv.requires_grad_(encoder)
-
-    def forward(self, video: torch.Tensor, generator: torch.Generator) -> Losses:
-        with torch.set_grad_enabled(self._learns):
-            spread = self.vae.encode(video).latent_dist
-        noise = torch.randn(spread.mean.shape, generator=generator).to(video.device)
-        again = self.vae.decode(spread.mean + spread.std * noise).sample
-        error = again - video
-        weight = 1 + 4 * near_outlines(video)
-        losses = {
-            "l1": (error.abs() * weight).sum() / weight.expand_as(error).sum(),
-            "l2": (error.square() * weight).sum() / weight.expand_as(error).sum(),
-            "kl": 0.5 * (spread.mean.square() + spread.var - 1 - spread.logvar).mean(),
-            "db": -10 * (error.detach().square().mean() / 4).log10(),
-        }
-        return {"total": losses["l1"] + losses["l2"] + 1e-4 * losses["kl"]} | losses
-
-
-def near_outlines(video: torch.Tensor) -> torch.Tensor:
-    """(B, 1, T, H, W): 1 within two pixels of a place where the colour changes, else 0."""
-    window = (1, 3, 3)
-    change = (F.max_pool3d(video, window, 1, (0, 1, 1)) + F.max_pool3d(-video, window, 1, (0, 1, 1))).amax(1, True)
-    return F.max_pool3d((change > 0.2).float(), window, 1, (0, 1, 1))
-
-
 def train_vae(shop: Workshop) -> None:
     _train_autoencoder(shop, "vae", encoder=True)
 
 
 def train_decoder(shop: Workshop) -> None:
-    """After the latents: the encoder stays as it is, so that they, and a transformer trained on them, stay valid."""
+    """After the latents, wider: the encoder stays, so that they, and a transformer trained on them, stay valid."""
     _train_autoencoder(shop, "decoder", encoder=False)
+
+
+def _new_vae(recipe: Recipe) -> Any:
+    blocks = {"num_res_blocks": 1, "temperal_downsample": [True, True]}
+    pixels = {"patch_size": 2, "in_channels": 12, "out_channels": 12}
+    scales = {"scale_factor_spatial": 8, "scale_factor_temporal": 4}
+    vae = AutoencoderKLWan(**recipe.vae, **blocks, **pixels, **scales)
+    start_linear(vae)
+    return vae
 
 
 def _train_autoencoder(shop: Workshop, stage: str, encoder: bool) -> None:
     recipe, (frames, height, width) = shop.recipe, _main_size(shop)
-    blocks = {
-        "num_res_blocks": 1,
-        "temperal_downsample": [True, True],
-        "patch_size": 2,
-        "in_channels": 12,
-        "out_channels": 12,
-    }
     _seeded(shop)
-    fresh = not (shop.parts / "vae").exists()
-    vae = _load_or(AutoencoderKLWan, shop.parts / "vae", lambda: AutoencoderKLWan(**recipe.vae, **blocks, **_SCALES))
-    if fresh:
-        _start_linear(vae)
-    model = VaeLoss(vae, encoder).to(shop.device)
+    vae = _load_or(AutoencoderKLWan, shop.parts / "vae", lambda: _new_vae(recipe))
+    if vae.config.decoder_base_dim is None:
+        vae = vae if encoder else widened(vae, recipe.widening)
+    elif encoder:
+        raise ValueError(f"{shop.parts / 'vae'} has the wide decoder already; remove it to train the VAE further")
+    model = VaeLoss(vae, encoder=encoder, compiled=shop.fast).to(shop.device)
 
     def loss(step: int) -> Losses:
         rng, generator = shop.random(stage, step)
@@ -283,18 +256,6 @@ def _train_autoencoder(shop: Workshop, stage: str, encoder: bool) -> None:
     shop.trainer(stage, model, on_save).run(loss)
     if encoder:
         _measure(shop)
-
-
-_SCALES = {"scale_factor_spatial": 8, "scale_factor_temporal": 4}
-
-
-def _start_linear(vae: Any) -> None:
-    """Small residual branches and little noise: a network that starts nearly linear learns to copy much sooner."""
-    with torch.no_grad():
-        for name, weight in vae.named_parameters():
-            if name.endswith("conv2.weight"):
-                weight.mul_(0.05)
-        vae.quant_conv.bias[vae.config.z_dim :] = -3.0
 
 
 def _measure(shop: Workshop, clips: int = 256) -> None:
@@ -559,8 +520,11 @@ def main() -> None:
     shop = Workshop(args.state, args.out, recipe, torch.device(device), fast=not args.plain)
     if args.source:
         start_from(args.source, shop)
-    for stage in args.stage or STAGES:
-        MAKE[stage](shop)
+    try:
+        for stage in args.stage or STAGES:
+            MAKE[stage](shop)
+    except ValueError as error:
+        parser.exit(2, f"{error}\n")
     if all((shop.parts / part).exists() for part in PARTS):
         publish(shop)
 
