@@ -103,6 +103,7 @@ def test_stored_may_overtake_the_ranks_report(mesh):
     assert mesh.ends == {}
     mesh.run()
     assert isinstance(mesh.ends["a"], Completed)
+    assert mesh.stages("a") == ["queued", "encode", "denoise", "decode", "deliver"]
     assert mesh.states == {}
 
 
