@@ -129,7 +129,9 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 @contextmanager
-def crew(args: argparse.Namespace, num_ranks: int, threads: int) -> Iterator[list[subprocess.Popen[str]]]:
+def crew(
+    args: argparse.Namespace, num_ranks: int, threads: int, module: str = "bench.parallel"
+) -> Iterator[list[subprocess.Popen[str]]]:
     """Ranks that wait for orders; a waiting one uses no core."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -140,7 +142,7 @@ def crew(args: argparse.Namespace, num_ranks: int, threads: int) -> Iterator[lis
         **{"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "PYTHONWARNINGS": "ignore"},
     }
     sizes = ["--steps", str(args.steps), "--frames", str(args.frames), "--size", str(args.size)]
-    command = [sys.executable, "-m", "bench.parallel", *sizes, "--worker"]
+    command = [sys.executable, "-m", module, *sizes, "--worker"]
     processes = [
         subprocess.Popen(
             command,
@@ -162,9 +164,14 @@ def crew(args: argparse.Namespace, num_ranks: int, threads: int) -> Iterator[lis
 
 
 def ask(processes: list[subprocess.Popen[str]], layout: Layout) -> list[dict[str, float]]:
+    return order(processes, [layout.cfg, layout.ring, layout.ulysses])
+
+
+def order(processes: list[subprocess.Popen[str]], what: Any) -> list[dict[str, float]]:
+    """Every rank's answer."""
     for process in processes:
         pipe = cast(IO[str], process.stdin)
-        pipe.write(json.dumps([layout.cfg, layout.ring, layout.ulysses]) + "\n")
+        pipe.write(json.dumps(what) + "\n")
         pipe.flush()
     return [json.loads(cast(IO[str], process.stdout).readline()) for process in processes]
 
@@ -183,7 +190,7 @@ def work(args: argparse.Namespace) -> None:
     if num_ranks > 1:
         init_distributed("gloo", 600, 0)
         groups = make_groups(layouts(num_ranks), rank, "gloo")
-    executor, state = _prepare(params_of(args), groups)
+    executor, state = prepare(params_of(args), groups)
     for line in sys.stdin:
         layout = Layout(*json.loads(line))
         mine = {id(group): group for group in (getattr(groups[layout], axis) for axis in AXES)}.values()
@@ -201,7 +208,7 @@ def work(args: argparse.Namespace) -> None:
         print(json.dumps({"seconds": seconds, "bytes": sent}), flush=True)
 
 
-def _prepare(params: ResolvedParams, groups: dict[Layout, Any]) -> tuple[Any, Any]:
+def prepare(params: ResolvedParams, groups: dict[Layout, Any]) -> tuple[Any, Any]:
     """The product's executor around a random denoiser, and one request that has been encoded."""
     import torch
     from diffusers import UniPCMultistepScheduler, WanTransformer3DModel
