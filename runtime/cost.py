@@ -113,14 +113,20 @@ class CostModel:
             return
         key, per_unit = self._key(kind, params, layout, batch), seconds / units
         known = self.constants.measured.get(key)
-        if known is not None:
-            self._errors.append(abs(known - per_unit) / per_unit)
         self.constants.measured[key] = per_unit if known is None else known + SMOOTHING * (per_unit - known)
         lines, name = self.constants.lines, kind + _place(kind, layout)
         if name not in lines or not lines[name].weight:
             guess = self._line(kind, layout)
             lines[name] = Line(guess.fixed, guess.slope)
         lines[name].add(batch * self._work(kind, params, layout), per_unit)
+
+    def compare(
+        self, kind: str, params: ResolvedParams, layout: Layout, units: int, seconds: float, batch: int = 1
+    ) -> None:
+        """What a finished item took, before it is learnt from: was it predicted?"""
+        if seconds > 0:
+            predicted = units * self.predict(kind, params, layout, batch)
+            self._errors.append(abs(predicted - seconds) / seconds)
 
     @property
     def error(self) -> float | None:

@@ -20,6 +20,9 @@ from runtime.request import RequestRecord, Stage
 
 Waiting = dict[str, list[RequestRecord]]
 
+MOST_TOGETHER = 16
+"""Requests of an encode item, be their texts equal: the noise of each is drawn."""
+
 
 @dataclass(frozen=True)
 class Enter:
@@ -58,6 +61,15 @@ class _Door:
     slots: int
     shut: Set[bytes]
     """Gateways that have so many requests waiting for themselves that they get no more."""
+    waived: bool
+    """A key that has nothing inside needs no slot."""
+    inside: Set[str]
+    """Keys of those who are in."""
+
+    def has_slot(self, record: RequestRecord, beside: Sequence[RequestRecord]) -> bool:
+        """Whether it may enter after those that enter with it, as far as their number goes."""
+        newcomer = record.key not in self.inside and all(other.key != record.key for other in beside)
+        return len(beside) < self.slots or (self.waived and newcomer)
 
 
 @dataclass(frozen=True)
@@ -69,8 +81,10 @@ class Planner:
     limits: BatchLimits
     policy: str
     max_active: int
-    """Requests whose state the ranks hold at once, those left out that wait for their gateway: one that is slow to
-    store would keep out all others. It may have a quarter as many waiting for itself before its own stay out."""
+    """Requests whose state the ranks hold at once. It binds a key only from its second request on, where the memory is
+    known and bounds them anyway: a short one would wait for as many others to end. Those are left out that wait for
+    their gateway: one that is slow to store would keep out all others. It may have a quarter as many waiting for itself
+    before its own stay out."""
     item_seconds: float
     decode_on_all: bool
     active: Mapping[str, RequestRecord]
@@ -125,7 +139,10 @@ class Planner:
     def _door(self) -> _Door:
         stalled = Counter(record.gateway for record in self.active.values() if self._waits_for_gateway(record))
         slots = self.max_active - len(self.active) + stalled.total()
-        return _Door(slots, {gateway for gateway, count in stalled.items() if count * 4 >= self.max_active})
+        shut = {gateway for gateway, count in stalled.items() if count * 4 >= self.max_active}
+        # One at a time means one at a time.
+        waived = slots <= 0 and self.max_active > 1 and self.memory.budget is not None
+        return _Door(slots, shut, waived, {record.key for record in self.active.values()} if waived else set())
 
     def _in_turn(self, waiting: Waiting) -> Iterator[RequestRecord]:
         """First the key that is furthest behind."""
@@ -137,7 +154,7 @@ class Planner:
 
     def _has_room(self, record: RequestRecord, door: _Door, beside: Sequence[RequestRecord] = ()) -> bool:
         """Whether it may enter, after those that enter with it."""
-        return len(beside) < door.slots and record.gateway not in door.shut and self.memory.admits(record, beside)
+        return door.has_slot(record, beside) and record.gateway not in door.shut and self.memory.admits(record, beside)
 
     def _together(self, first: RequestRecord) -> Iterator[RequestRecord]:
         """The first in line, then what was submitted together with it."""
@@ -146,19 +163,19 @@ class Planner:
 
     def _enter(self, turn: RequestRecord, candidates: Iterable[RequestRecord], most: int, door: _Door) -> Enter:
         """As many as find room and an item lasts; the first of them does. One text is encoded once, however many
-        want it."""
+        want it, but for `MOST_TOGETHER`."""
         first, *others = candidates
         max_texts = self._units(self.predictions.unit("encode", first.request.params), most)
         chosen, texts = [first], {text_of(first.request)}
         for record in others:
-            if len(chosen) == most:
+            if len(chosen) == min(most, MOST_TOGETHER):
                 break
             wanted = texts | {text_of(record.request)}
             if len(wanted) <= max_texts and self._has_room(record, door, chosen):
                 chosen.append(record)
                 texts = wanted
         for record in self._of_equal_text(chosen):
-            if self._has_room(record, door, chosen):
+            if len(chosen) < MOST_TOGETHER and self._has_room(record, door, chosen):
                 chosen.append(record)
         return Enter(turn, tuple(chosen))
 

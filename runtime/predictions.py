@@ -49,8 +49,12 @@ class Predictions:
         return self.cost.measured(kind, params, self.runs_on(kind, params), batch)
 
     def observe(self, item: Encode | Denoise | Decode, params: ResolvedParams, seconds: float) -> None:
-        """Learn from an item that is over."""
+        """Learn from an item that is over, and how right the prediction was."""
         kind, units, batch = item_size(item)
+        if isinstance(item, Encode) and len(item.requests) > units:
+            # Most of it may be the noise of many requests; it says little of what a text costs.
+            return
+        self.cost.compare(kind, params, self.runs_on(kind, params), units, seconds, batch)
         self.learn(kind, params, units, seconds, batch)
 
     def remaining(self, record: RequestRecord) -> float:

@@ -17,7 +17,7 @@ from runtime.protocol import Completed, Decode, Denoise
 
 INDEX, BURST = range(8), range(1, 9)
 ARGUMENTS = {
-    "submit": (INDEX, range(1, 4), (1, 4, 5, 12), (1, 5, 9, 33), ("", "one", "two"), (0, 0, 0, 1)),
+    "submit": (INDEX, range(1, 4), (1, 4, 5, 12), (1, 5, 9, 33), ("", "one", "two"), (0, 0, 0, 1), (64, 64, 32)),
     "hurry": (INDEX, (0.01, 0.2, 2.0)),
     "resubmit": (INDEX, (None, *INDEX)),
     "report": (INDEX, BURST),
@@ -53,15 +53,15 @@ def pick(options, index):
     return sorted(options)[index % len(options)]
 
 
-def do_submit(mesh, gateway, count, steps, frames, key="", priority=0, timeout_s=None):
+def do_submit(mesh, gateway, count, steps, frames, key="", priority=0, side=64, timeout_s=None):
     if mesh.gateways:
         names = [f"r{len(mesh.params) + n}" for n in range(count)]
         terms = {"key": key, "priority": priority, "timeout_s": timeout_s}
-        mesh.submit(*names, gateway=pick(mesh.gateways, gateway), steps=steps, frames=frames, **terms)
+        mesh.submit(*names, gateway=pick(mesh.gateways, gateway), steps=steps, frames=frames, side=side, **terms)
 
 
 def do_hurry(mesh, gateway, timeout_s):
-    do_submit(mesh, gateway, 1, 12, 9, "one", 0, timeout_s)
+    do_submit(mesh, gateway, 1, 12, 9, "one", timeout_s=timeout_s)
 
 
 def do_resubmit(mesh, index, gateway):

@@ -49,6 +49,9 @@ class KnownCost:
     def measured(self, kind, params, layout, batch=1):
         return True
 
+    def compare(self, kind, params, layout, units, seconds, batch=1):
+        pass
+
     def observe(self, kind, params, layout, units, seconds, batch=1):
         self.observed.append((kind, units))
 
@@ -98,6 +101,7 @@ class Simulation:
         found=None,
         decode_on_all=False,
         slow=1.0,
+        max_active=MAX_ACTIVE,
     ):
         self.cost = cost or KnownCost()
         limits = BatchLimits(max_batch)
@@ -111,6 +115,7 @@ class Simulation:
             checkpoint_every=checkpoint_every,
             found=Leftovers(dict(found or {})),
             decode_on_all=decode_on_all,
+            max_active=max_active,
         )
         self.budget = budget
         self.slow = slow
@@ -162,9 +167,10 @@ class Simulation:
         self.scheduler.gateway_lost(name, self.now)
         self.settle()
 
-    def submit(self, *ids, gateway=b"g", steps=10, frames=9, prompt=None, **terms):
+    def submit(self, *ids, gateway=b"g", steps=10, frames=9, side=64, prompt=None, **terms):
         """What arrives together; without a prompt each has its own."""
-        params = CARD.check(SamplingParams(prompt="a cat", seed=1, num_inference_steps=steps, num_frames=frames))
+        shape = {"num_inference_steps": steps, "num_frames": frames, "height": side, "width": side}
+        params = CARD.check(SamplingParams(prompt="a cat", seed=1, **shape))
         self.params |= {name: msgspec.structs.replace(params, prompt=prompt or f"a cat named {name}") for name in ids}
         self.owner |= dict.fromkeys(ids, gateway)
         requests = tuple(Request(request_id, self.params[request_id], **terms) for request_id in ids)
@@ -305,8 +311,9 @@ class Simulation:
             assert item.seq > (self.items[-1].seq if self.items else 0)
             self.items.append(item)
             self.start(item)
-        # A gateway may have a quarter of them waiting for itself before its own stay out.
-        assert len(self.states) <= (MAX_ACTIVE + MAX_ACTIVE // 4) * max(self.num_joined, 1)
+        # A gateway may have a quarter of them waiting for itself before its own stay out, and a key one that has none.
+        keys = len({record.key for record in self.scheduler.requests.values()})
+        assert len(self.states) <= (MAX_ACTIVE + MAX_ACTIVE // 4) * max(self.num_joined, 1) + keys
         for rank in self.ranks:
             assert self.budget is None or self.bytes_on(rank) <= self.budget, "more than fits"
 

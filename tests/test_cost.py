@@ -11,7 +11,7 @@ from runtime.batching import BatchLimits, batch_budget
 from runtime.cost import SMOOTHING, CostModel, Line
 from runtime.layout import Layout
 from runtime.predictions import Predictions
-from runtime.protocol import Decode, Denoise, Measurement
+from runtime.protocol import Decode, Denoise, Encode, Measurement, Request
 from runtime.sampling import SamplingParams
 from runtime.scheduler import Scheduler
 
@@ -133,16 +133,32 @@ def test_nonsense_is_not_learnt(units, seconds):
 
 def test_the_error_is_the_median_absolute_percentage_error():
     cost = CostModel(CARD)
-    assert cost.error is None
     cost.observe("decode", params(), LAYOUT, 1, 1.0)
-    assert cost.error is None, "the first of a shape was no prediction"
+    assert cost.error is None, "what is only learnt from is no prediction"
     for _ in range(20):
-        cost.constants.measured.clear()
-        cost.observe("decode", params(), LAYOUT, 1, 1.0)
-        cost.observe("decode", params(), LAYOUT, 1, 0.8)
+        cost.compare("decode", params(), LAYOUT, 2, 1.6)
     assert cost.error == pytest.approx(abs(1.0 - 0.8) / 0.8)
-    cost.observe("decode", params(), LAYOUT, 1, 1e-3)
+    cost.compare("decode", params(), LAYOUT, 1, 1e-3)
     assert cost.error == pytest.approx(0.25), "one outlier moves no median"
+    cost.compare("decode", params(), LAYOUT, 1, 0.0)
+    assert cost.error == pytest.approx(0.25)
+
+
+def test_the_error_counts_shapes_that_were_never_seen():
+    predictions = Predictions(CostModel(CARD), CARD, LAYOUT)
+    for side in (64, 96, 128):
+        predictions.observe(denoise(), params(side), 10.0)
+    assert predictions.cost.error > 0.5
+
+
+def test_a_text_that_many_requests_share_is_not_learnt_from():
+    predictions = Predictions(CostModel(CARD), CARD, LAYOUT)
+    before = predictions.unit("encode", params())
+    alike = tuple(Request(f"r{n}", params()) for n in range(9))
+    predictions.observe(Encode(1, (0,), alike), params(), 3.0)
+    assert predictions.unit("encode", params()) == before
+    predictions.observe(Encode(2, (0,), alike[:1]), params(), 3.0)
+    assert predictions.unit("encode", params()) == pytest.approx(3.0)
 
 
 def test_a_new_model_shares_no_constants_with_another():
