@@ -7,6 +7,7 @@ kernel gives the lock back even after `kill -9`: a folder with a mesh.json that 
 from __future__ import annotations
 
 import contextlib
+import enum
 import fcntl
 import os
 import shutil
@@ -22,7 +23,18 @@ import msgspec
 
 from runtime.config import Config, load_frozen
 from runtime.errors import FramemeshError, InvalidInput, NotReady, PeerGone
-from runtime.protocol import Cancel, Drain, FromObserver, FromScheduler, JobStatus, Observe, Status, ToObserver, Welcome
+from runtime.protocol import (
+    Cancel,
+    Cancelled,
+    Drain,
+    FromObserver,
+    FromScheduler,
+    JobStatus,
+    Observe,
+    Status,
+    ToObserver,
+    Welcome,
+)
 from runtime.wire import Channel, incarnation
 
 FOLDER_PREFIX = "framemesh-"
@@ -102,6 +114,16 @@ def sweep_dead_folders() -> None:
                 shutil.rmtree(folder, ignore_errors=True)
 
 
+class Outcome(enum.IntEnum):
+    """What became of a request that was to be cancelled; where several meshes had it, the largest counts."""
+
+    CANCELLED = 0
+    ENDED = 1
+    """Nobody says how: it may have been complete before the word arrived."""
+    RUNNING = 2
+    """It ends with its item."""
+
+
 class Observer:
     """A connection to one mesh's scheduler. Asks one question at a time."""
 
@@ -111,6 +133,8 @@ class Observer:
             endpoint, ToObserver, incarnation("observer")
         )
         self.place = str(folder) if folder is not None else endpoint
+        self._cancelled: set[str] = set()
+        """What the scheduler said it cancelled."""
 
     def __enter__(self) -> Self:
         return self
@@ -144,6 +168,8 @@ class Observer:
                     self._channel.set_epoch(epoch)
                 case Status():
                     status = received.message
+                case Cancelled(request_id=request_id):
+                    self._cancelled.add(request_id)
         return status
 
     def look(self, prefix: str = "") -> Status:
@@ -158,8 +184,8 @@ class Observer:
             raise NotReady(f"the mesh at {self.place} does not answer")
         return status
 
-    def cancel(self, prefix: str, reason: str) -> tuple[str, bool]:
-        """(id of the request, whether it is over): one that runs ends with its item.
+    def cancel(self, prefix: str, reason: str) -> tuple[str, Outcome]:
+        """(id of the request, what is known of it after a while).
 
         Raises:
             InvalidInput: several requests begin so.
@@ -167,13 +193,15 @@ class Observer:
         """
         job = self._job(prefix)
         self._channel.send(Cancel(job.id, reason))
-        until = time.monotonic() + CANCEL_S
+        until, certain = time.monotonic() + CANCEL_S, False
         # A request of which this id is only the beginning is another one.
-        while over := [left.id for left in self.look(job.id).jobs if left.id == job.id]:
+        while left := [listed for listed in self.look(job.id).jobs if listed.id == job.id]:
+            # In the decode its frames may be stored, and so it may be complete, before its item ends.
+            certain = left[0].cancelling and left[0].stage in {"encode", "denoise"}
             if time.monotonic() > until:
-                break
+                return job.id, Outcome.RUNNING
             time.sleep(0.05)
-        return job.id, not over
+        return job.id, Outcome.CANCELLED if certain or job.id in self._cancelled else Outcome.ENDED
 
     def drain(self, timeout_s: float) -> Iterator[Status]:
         """Have the mesh end when its work has, at most `timeout_s` from now; how it stands until it is gone.
@@ -244,7 +272,7 @@ def observe_mesh(place: str | None) -> Iterator[tuple[Observer, Status]]:
         yield meshes[0]
 
 
-def cancel_request(place: str | None, prefix: str, reason: str) -> tuple[str, bool]:
+def cancel_request(place: str | None, prefix: str, reason: str) -> tuple[str, Outcome]:
     """As `Observer.cancel`, in whichever mesh has the request.
 
     Raises:
@@ -262,7 +290,7 @@ def cancel_request(place: str | None, prefix: str, reason: str) -> tuple[str, bo
             raise FramemeshError(f"no request of the mesh at {places} has an id that begins with {prefix!r}")
         # One that moves from a mesh to another is in both for a moment.
         ended = [observer.cancel(ids[0], reason) for observer, listed in found.items() if listed]
-        return ended[0][0], all(over for _, over in ended)
+        return ended[0][0], max(outcome for _, outcome in ended)
 
 
 def drain_mesh(place: str | None, timeout_s: float | None, say: Callable[[str], None]) -> None:

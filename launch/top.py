@@ -17,7 +17,7 @@ from rich.live import Live
 from rich.table import Table
 from rich.text import Text
 
-from launch.observe import ANSWER_S, MeshFile, Observer, cancel_request, observe_meshes
+from launch.observe import ANSWER_S, MeshFile, Observer, Outcome, cancel_request, observe_meshes
 from runtime.errors import NotReady
 from runtime.protocol import JobStatus, RankStatus, Status, StepTime
 
@@ -82,8 +82,14 @@ def jobs(place: str | None, *, as_json: bool) -> int:
 
 def cancel(place: str | None, prefix: str) -> int:
     """End the request whose id begins so."""
-    request_id, over = cancel_request(place, prefix, "cancelled by the operator")
-    print(f"cancelled {request_id}" if over else f"{request_id} ends when its work item does")
+    request_id, outcome = cancel_request(place, prefix, "cancelled by the operator")
+    match outcome:
+        case Outcome.CANCELLED:
+            print(f"cancelled {request_id}")
+        case Outcome.ENDED:
+            print(f"{request_id} has ended")
+        case Outcome.RUNNING:
+            print(f"{request_id} ends when its work item does")
     return 0
 
 

@@ -54,7 +54,10 @@ def tune(
     measure: int,
     profile_file: Path,
 ) -> int:
-    """Rank every layout, measure the best few unless `dry_run`, say why, write the profile; returns the exit code."""
+    """Rank every layout, measure the best few unless `dry_run`, say why, write the profile; returns the exit code.
+
+    Without a layout that fits, and runs where it was tried, there is no profile.
+    """
     resolved = card.check(params)
     tuner = tuner_for(config, folder, card, None if machine is None else load_machine(machine))
     if machine is None:
@@ -66,10 +69,10 @@ def tune(
     best = _winner(ranked, measured)
     console = Console()
     console.print(_table(ranked, measured, best))
-    console.print(_sentence(ranked, measured, best), highlight=False, soft_wrap=True)
+    console.print(_sentence(ranked, measured, best), highlight=False, markup=False, soft_wrap=True)
     for line in crossovers(tuner, _shapes(card, params), resolved, config.num_gpus):
         console.print(line, highlight=False, soft_wrap=True)
-    if not best.fits:
+    if best is None or not best.fits:
         return 1
     write_profile(profile_file, config, resolved, tuner, ranked, measured, best)
     console.print(
@@ -136,16 +139,18 @@ def _with_flags(config: Config, flags: dict[str, Any]) -> Config:
     return replace(config, **flags)
 
 
-def _winner(ranked: Sequence[Prediction], measured: dict[Candidate, Measured]) -> Prediction:
-    """The fastest in truth, if anything was measured."""
-    timed = [p for p in ranked if p.candidate in measured and not measured[p.candidate].refused]
-    return min(timed, key=lambda p: measured[p.candidate].seconds, default=ranked[0])
+def _winner(ranked: Sequence[Prediction], measured: dict[Candidate, Measured]) -> Prediction | None:
+    """The fastest in truth, None if nothing that was tried ran; the first on paper if nothing was tried."""
+    if not measured:
+        return ranked[0]
+    timed = _timed(measured)
+    return min((p for p in ranked if p.candidate in timed), key=lambda p: measured[p.candidate].seconds, default=None)
 
 
 # ---- telling -----------------------------------------------------------------------------------------------------
 
 
-def _table(ranked: Sequence[Prediction], measured: dict[Candidate, Measured], best: Prediction) -> Table:
+def _table(ranked: Sequence[Prediction], measured: dict[Candidate, Measured], best: Prediction | None) -> Table:
     table = Table(box=SIMPLE_HEAD, caption="seconds per step; memory and bytes sent per rank", caption_justify="left")
     table.add_column("layout", no_wrap=True)
     for name in ("predicted", *(["measured"] if measured else []), "memory", "sent"):
@@ -167,7 +172,9 @@ def _timed(measured: dict[Candidate, Measured]) -> list[Candidate]:
     return [candidate for candidate, found in measured.items() if not found.refused]
 
 
-def _sentence(ranked: Sequence[Prediction], measured: dict[Candidate, Measured], best: Prediction) -> str:
+def _sentence(ranked: Sequence[Prediction], measured: dict[Candidate, Measured], best: Prediction | None) -> str:
+    if best is None:
+        return f"no layout ran: {next(iter(measured.values())).refused}"
     if best is ranked[0] or best.candidate not in measured:
         return why(ranked)
     seconds, first = measured[best.candidate].seconds, measured.get(ranked[0].candidate)

@@ -36,6 +36,7 @@ from runtime.protocol import (
     WorkerHello,
     WorkItem,
 )
+from runtime.request import Stage
 from runtime.roster import Roster, Trouble
 from runtime.scheduler import Scheduler
 from runtime.status import StepTimes, take_status
@@ -154,8 +155,13 @@ class Engine:
         gateway = sender if sender in self._gateways or sender in self._given_up else None
         record = self._scheduler.requests.get(message.request_id)
         self._scheduler.cancel(message.request_id, message.reason, now, gateway)
-        if gateway is not None and (record is None or record.gateway != gateway):
-            self._send(gateway, Cancelled(message.request_id, message.reason))
+        if gateway is not None:
+            over = record is None or record.gateway != gateway
+        else:
+            # An observer is told what it ended; what is not found may just as well be complete.
+            over = record is not None and record.stage is Stage.CANCELLED
+        if over:
+            self._send(sender, Cancelled(message.request_id, message.reason))
 
     def _hear_stale(self, sender: bytes, message: ToScheduler, now: float) -> None:
         """Somebody who knew our predecessor: it learns our epoch and says hello again."""

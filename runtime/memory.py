@@ -52,13 +52,8 @@ class MemoryLedger:
         need = record.state_bytes + record.decode_bytes
         if self.budget is None or need <= self.budget:
             return None
-        params = record.request.params
-        fitting = self._fewer_frames(params) or self._smaller_size(params)
-        advice = (
-            f"{fitting.num_frames} frames of {fitting.width}x{fitting.height} would fit"
-            if fitting is not None
-            else "no size of this model would fit"
-        )
+        offers = self._offers(record.request.params)
+        advice = f"{offers} would fit" if offers else "no size of this model would fit"
         return f"it needs {need / GIB:.3g} GiB on a rank, {self.budget / GIB:.3g} GiB are free for requests; {advice}"
 
     def advice(self, record: RequestRecord, kind: str) -> str:
@@ -70,12 +65,8 @@ class MemoryLedger:
             "decode": "--vae-tiling decodes tile by tile",
         }
         params = record.request.params
-        half = MemoryLedger(self.card, sum(self._bytes(params)) // 2)
-        fitting = half._fewer_frames(params) or half._smaller_size(params)
-        smaller = (
-            f"{fitting.num_frames} frames of {fitting.width}x{fitting.height} need half as much" if fitting else ""
-        )
-        return "; ".join(filter(None, (smaller, levers[kind])))
+        offers = MemoryLedger(self.card, sum(self._bytes(params)) // 2)._offers(params)
+        return f"{offers} need half as much; {levers[kind]}" if offers else levers[kind]
 
     def admits(self, record: RequestRecord, beside: Sequence[RequestRecord] = ()) -> bool:
         """Whether a queued request may get a state now, after others that are to get theirs with it."""
@@ -131,6 +122,12 @@ class MemoryLedger:
     def _fits(self, params: ResolvedParams) -> bool:
         assert self.budget is not None
         return sum(self._bytes(params)) <= self.budget
+
+    def _offers(self, params: ResolvedParams) -> str:
+        """What would fit instead, in words: at the same size, and with all its frames; empty if neither would."""
+        # Both: where a decode's cache does not depend on the frames, few fit at full size, and all a little below it.
+        fitting = filter(None, (self._fewer_frames(params), self._smaller_size(params)))
+        return " or ".join(f"{p.num_frames} frames of {p.width}x{p.height}" for p in fitting)
 
     def _fewer_frames(self, params: ResolvedParams) -> ResolvedParams | None:
         """The same size with as many frames as fit."""

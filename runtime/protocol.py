@@ -543,5 +543,5 @@ ToScheduler = FromGateway | FromWorker | FromSupervisor | FromObserver
 ToGateway = Welcome | MeshState | Progress | Completed | Failed | Cancelled | Status
 ToWorker = Welcome | WorkItem | Shutdown
 ToSupervisor = Welcome | MeshState | Fence
-ToObserver = Welcome | Status
+ToObserver = Welcome | Status | Cancelled
 FromScheduler = ToGateway | ToWorker | ToSupervisor | ToObserver

@@ -33,6 +33,13 @@ def record(ledger, request_id, frames=9, **size):
     return made
 
 
+def offers(said):
+    """(frames, width, height) of each in a refusal's last part."""
+    named = re.search(r"(?:^|; )([^;]*) would fit$", said)[1]
+    found = [re.fullmatch(r"(\d+) frames of (\d+)x(\d+)", offer) for offer in named.split(" or ")]
+    return [tuple(map(int, offer.groups())) for offer in found]
+
+
 def test_a_record_is_measured_by_its_card():
     made = record(MemoryLedger(CARD), "a", 33)
     assert made.state_bytes == bytes_of("denoise", 33)
@@ -55,10 +62,13 @@ def test_the_advice_of_fewer_frames_fits_and_four_more_would_not(frames, fitting
     if fitting >= frames:
         return
     ledger = MemoryLedger(CARD, bytes_of("decode", fitting))
-    said = ledger.refusal(record(ledger, "a", frames))
-    advised = int(re.search(r"; (\d+) frames of 64x64 would fit$", said)[1])
+    (advised, *size), *smaller = offers(ledger.refusal(record(ledger, "a", frames)))
+    assert size == [64, 64]
     assert ledger.refusal(record(ledger, "b", advised)) is None
     assert advised + 4 >= frames or ledger.refusal(record(ledger, "c", advised + 4)) is not None
+    assert smaller in ([], [(frames, 32, 32)])
+    # 32x32 is the only smaller size.
+    assert bool(smaller) == (ledger.refusal(record(ledger, "d", frames, height=32, width=32)) is None)
 
 
 @pytest.mark.parametrize(("height", "width"), [(480, 832), (1024, 512), (96, 4096)])
@@ -67,10 +77,39 @@ def test_the_advice_of_a_smaller_size_fits_and_is_a_valid_one(height, width):
     whole = record(MemoryLedger(CARD), "a", 17, height=height, width=width)
     least = record(MemoryLedger(CARD), "a", 1, height=height, width=width)
     ledger = MemoryLedger(CARD, (least.state_bytes + least.decode_bytes) // 2)
-    advice = re.search(r"; 17 frames of (\d+)x(\d+) would fit$", ledger.refusal(whole))
-    advised = record(ledger, "b", 17, width=int(advice[1]), height=int(advice[2]))
-    assert ledger.refusal(advised) is None
-    assert advised.request.params.width / advised.request.params.height == pytest.approx(width / height, rel=0.5)
+    ((frames, wide, high),) = offers(ledger.refusal(whole))
+    assert frames == 17
+    assert ledger.refusal(record(ledger, "b", 17, height=high, width=wide)) is None
+    assert wide / high == pytest.approx(width / height, rel=0.5)
+    step = max(32, height // 32), max(32, width // 32)
+    assert ledger.refusal(record(ledger, "c", 17, height=high + step[0], width=wide + step[1])) is not None
+
+
+def test_both_offers_are_made_and_fit():
+    """Where the cache is most of it, a few frames at full size are as large as all of them at a smaller one."""
+    card = replace(card_for(_configs()), vae_base_dim=96, vae_patch=1)
+    ledger = MemoryLedger(card)
+    fitting = record(ledger, "a", 9, height=480, width=832)
+    ledger.budget = fitting.state_bytes + fitting.decode_bytes
+    said = ledger.refusal(record(ledger, "b", 81, height=480, width=832))
+    assert offers(said) == [(9, 832, 480), (81, 800, 448)]
+    assert said.endswith("; 9 frames of 832x480 or 81 frames of 800x448 would fit")
+    for frames, width, height in offers(said):
+        assert ledger.refusal(record(ledger, "c", frames, height=height, width=width)) is None
+
+
+@pytest.mark.parametrize(("frames", "height", "width"), [(81, 480, 832), (17, 64, 64), (1, 256, 256)])
+def test_what_is_offered_after_it_ran_out_of_memory_needs_half(frames, height, width):
+    ledger = MemoryLedger(CARD)
+    whole = record(ledger, "a", frames, height=height, width=width)
+    said = ledger.advice(whole, "decode")
+    assert said.endswith(" need half as much; --vae-tiling decodes tile by tile")
+    made = offers(said.replace(" need half as much; --vae-tiling decodes tile by tile", " would fit"))
+    assert made
+    for fewer, wide, high in made:
+        assert (fewer < frames) != ((high, wide) < (height, width))
+        less = record(ledger, "b", fewer, height=high, width=wide)
+        assert 2 * (less.state_bytes + less.decode_bytes) <= whole.state_bytes + whole.decode_bytes
 
 
 def test_a_model_that_never_fits_says_so():

@@ -14,6 +14,7 @@ import termios
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import msgspec
 import pytest
@@ -24,7 +25,16 @@ from rich.console import Console
 from framemesh import Progress, RequestFailed, SamplingParams
 from launch import observe
 from launch.cli import main
-from launch.observe import GATEWAY, MESH_FILE, Observer, RunFolder, observe_mesh, read_mesh_file, sweep_dead_folders
+from launch.observe import (
+    GATEWAY,
+    MESH_FILE,
+    Observer,
+    Outcome,
+    RunFolder,
+    observe_mesh,
+    read_mesh_file,
+    sweep_dead_folders,
+)
 from launch.process import child_environment
 from launch.top import view
 from runtime.cost import CostModel
@@ -34,6 +44,8 @@ from runtime.layout import Layout
 from runtime.models.card import card_for
 from runtime.protocol import (
     Cancelled,
+    Completed,
+    Decode,
     Denoise,
     Done,
     Encode,
@@ -41,6 +53,7 @@ from runtime.protocol import (
     GatewayHello,
     Ready,
     Request,
+    Stored,
     Submit,
     ToScheduler,
     Welcome,
@@ -104,9 +117,9 @@ class LiveScheduler:
                 worker.channel.send(Ready(rank, 0, demo_model() if rank == 0 else None, BUDGET))
         return ranks
 
-    def gateway(self, *ids, **terms):
+    def gateway(self, *ids, steps=50, **terms):
         gateway = self.peer("gateway", GatewayHello("ipc:///nowhere", 4))
-        params = CARD.check(SamplingParams(prompt="a cat", seed=1, num_inference_steps=50))
+        params = CARD.check(SamplingParams(prompt="a cat", seed=1, num_inference_steps=steps))
         gateway.channel.send(Submit(tuple(Request(name, params, **terms) for name in ids)))
         return gateway
 
@@ -273,7 +286,7 @@ def test_a_queued_request_is_cancelled_by_its_beginning(live):
     observer = live.observer()
     gateway = live.gateway("video_1a", "video_2b")
     until(observer, lambda status: status.queued)
-    assert observer.cancel("video_2", "why not") == ("video_2b", True)
+    assert observer.cancel("video_2", "why not") == ("video_2b", Outcome.CANCELLED)
     cancelled = gateway.wait_for(Cancelled)
     assert cancelled == Cancelled("video_2b", "why not", cancelled.usage)
     gateway.channel.send(Submit((Request("video_1c", CARD.check(SamplingParams(prompt="a", seed=1))),)))
@@ -290,12 +303,73 @@ def test_a_running_request_ends_with_its_item(live, monkeypatch):
     workers, observer = live.workers(), live.observer()
     gateway = live.gateway("a")
     encode = workers[0].wait_for(Encode)
-    assert observer.cancel("a", "why not") == ("a", False)
+    assert observer.cancel("a", "why not") == ("a", Outcome.RUNNING)
     assert observer.look().jobs[0].cancelling
     finish(workers, encode, 0.1)
     cancelled = gateway.wait_for(Cancelled)
     assert cancelled == Cancelled("a", "why not", cancelled.usage)
     assert observer.look().jobs == ()
+
+
+def done(workers, item):
+    for rank in item.ranks:
+        workers[rank].channel.send(Done(rank, item.seq, 10.0, 10.1))
+
+
+def complete(workers, gateway, item):
+    """The request's frames are stored before its decode is reported."""
+    gateway.channel.send(Stored("a"))
+    done(workers, item)
+    gateway.wait_for(Completed)
+
+
+def test_a_request_that_was_complete_before_the_word_arrived_is_not_called_cancelled(live, monkeypatch):
+    workers, observer = live.workers(), live.observer()
+    gateway = live.gateway("a", steps=1)
+    for kind in (Encode, Denoise):
+        done(workers, workers[0].wait_for(kind))
+    decode = workers[0].wait_for(Decode)
+    find = observer._job
+
+    def find_and_complete(prefix):
+        found = find(prefix)
+        complete(workers, gateway, decode)
+        return found
+
+    monkeypatch.setattr(observer, "_job", find_and_complete)
+    assert observer.cancel("a", "why not") == ("a", Outcome.ENDED)
+
+
+@pytest.mark.parametrize("stage", [Encode, Denoise, Decode])
+def test_a_request_that_ends_while_it_is_watched_was_cancelled_unless_its_frames_may_be_stored(
+    live, monkeypatch, stage
+):
+    workers, observer = live.workers(), live.observer()
+    gateway = live.gateway("a", steps=1)
+    while not isinstance(item := workers[0].wait_for(Encode | Denoise | Decode), stage):
+        done(workers, item)
+
+    def end(_seconds):
+        if stage is Decode:
+            complete(workers, gateway, item)
+        else:
+            done(workers, item)
+            gateway.wait_for(Cancelled)
+
+    monkeypatch.setattr(observe, "time", SimpleNamespace(monotonic=time.monotonic, sleep=end))
+    expected = Outcome.ENDED if stage is Decode else Outcome.CANCELLED
+    assert observer.cancel("a", "why not") == ("a", expected)
+
+
+def test_the_command_says_what_is_known(capsys, monkeypatch):
+    for outcome, said in (
+        (Outcome.CANCELLED, "cancelled a"),
+        (Outcome.ENDED, "a has ended"),
+        (Outcome.RUNNING, "a ends when its work item does"),
+    ):
+        monkeypatch.setattr("launch.top.cancel_request", lambda *_, outcome=outcome: ("a", outcome))
+        assert main(["cancel", "a"]) == 0
+        assert capsys.readouterr().out == f"{said}\n"
 
 
 # ---- which mesh --------------------------------------------------------------------------------------------------
@@ -531,8 +605,8 @@ def test_a_running_request_is_seen_and_cancelled_from_outside(mesh):
         assert 0 < job.step < 1000
         assert {rank.pid for rank in status.ranks}.isdisjoint({0, os.getpid()})
         assert any(rank.held_bytes > 0 for rank in status.ranks)
-        request_id, over = observer.cancel(job.id[:12], "cancelled by the operator")
-        assert (request_id, over) == (job.id, True)
+        outcome = observer.cancel(job.id[:12], "cancelled by the operator")
+        assert outcome == (job.id, Outcome.CANCELLED)
     with pytest.raises(RequestFailed) as caught:
         for _ in stream:
             pass

@@ -1,6 +1,7 @@
 """The oracle: latents and frames on 1, 2, 4 and 8 ranks against diffusers' own pipeline, same seed, fp32."""
 
 import functools
+import itertools
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from parity import (
     FAULT,
     HALF_BOUND,
     MESHES,
+    MODES,
     Cell,
     Matrix,
     Mesh,
@@ -21,6 +23,7 @@ from parity import (
     halves,
     shades,
 )
+from parity_families import FAMILIES
 from tiny_wan import DEMO, load_pipeline, reference
 
 from runtime.layout import Layout
@@ -91,18 +94,19 @@ def test_the_covering_part_covers():
     assert len({c.name for c in every}) == len(every)
 
 
-@pytest.mark.parametrize(("num_ranks", "inside"), [(2, [(1, 1)]), (4, [(1, 2), (2, 1)])])
-def test_cfg_parallel_is_sequential_guidance_to_the_bit(matrix, tmp_path, num_ranks, inside):
+@pytest.mark.parametrize(
+    ("num_ranks", "families", "inside"), [(2, list(FAMILIES), [(1, 1)]), (4, ["wan"], [(1, 2), (2, 1)])]
+)
+def test_cfg_parallel_is_sequential_guidance_to_the_bit(matrix, tmp_path, num_ranks, families, inside):
     """The same SP layout inside, one branch after another; alone and batched."""
-    runs, pairs = [], []
-    for sp in inside:
-        for mode in ("alone", "batched"):
-            cell = Cell("wan", 4, Mesh(Layout(2, *sp)), "odd", mode, "none")
-            run = {"model": cell.folder, "requests": cell.requests, "mutation": "none"}
-            runs.append(run | {"name": f"parallel/{cell.name}", "layout": [2, *sp]})
-            runs.append(run | {"name": f"sequential/{cell.name}", "layout": [1, *sp], "joint": False})
-            pairs += [(f"parallel/{cell.name}/{i}", f"sequential/{cell.name}/{i}") for i in range(len(cell.requests))]
-    models = {cell.folder: {"folder": str(matrix.folder_of(cell))}}
+    models, runs, pairs = {}, [], []
+    for family, sp, mode in itertools.product(families, inside, MODES):
+        cell = Cell(family, 4, Mesh(Layout(2, *sp)), "odd", mode, "none")
+        models[cell.folder] = {"folder": str(matrix.folder_of(cell))}
+        run = {"model": cell.folder, "requests": cell.requests, "mutation": "none"}
+        runs.append(run | {"name": f"parallel/{cell.name}", "layout": [2, *sp]})
+        runs.append(run | {"name": f"sequential/{cell.name}", "layout": [1, *sp], "joint": False})
+        pairs += [(f"parallel/{cell.name}/{i}", f"sequential/{cell.name}/{i}") for i in range(len(cell.requests))]
     for tensors in generate(tmp_path, num_ranks, models, runs):
         for parallel, sequential in pairs:
             assert torch.equal(tensors[f"{parallel}/latents"], tensors[f"{sequential}/latents"]), parallel

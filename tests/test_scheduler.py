@@ -675,7 +675,7 @@ def test_what_can_never_fit_is_refused_with_what_would():
     mesh.join()
     mesh.submit("a", frames=257)
     assert mesh.ends["a"].code == "out_of_memory"
-    assert mesh.ends["a"].reason.endswith("17 frames of 64x64 would fit")
+    assert mesh.ends["a"].reason.endswith("; 17 frames of 64x64 or 257 frames of 32x32 would fit")
     mesh.submit("b", frames=17)
     mesh.run()
     assert isinstance(mesh.ends["b"], Completed)

@@ -15,7 +15,7 @@ from launch.cli import main
 from launch.options import take_in
 from launch.sizes import read_weights
 from runtime import traffic
-from runtime.errors import InvalidInput
+from runtime.errors import InvalidInput, StartFailed
 from runtime.layout import Layout
 from runtime.machine import Machine, load_machine
 from runtime.models.card import card_for, read_configs
@@ -316,6 +316,42 @@ def test_what_cannot_fit_exits_with_1_and_writes_nothing(folder, tmp_path, capsy
     assert "nothing fits" in capsys.readouterr().out
     assert not file.exists()
     assert Weights(0, 0, 0, 0, 0).blocks == 0
+
+
+def test_a_machine_on_which_nothing_runs_has_no_winner_and_keeps_its_profile(tmp_path, monkeypatch, capsys):
+    reasons = iter(["rank 1 [gloo] ran out of memory", *["it took too long"] * 9])
+
+    def refuse(*_):
+        raise StartFailed(next(reasons))
+
+    monkeypatch.setattr("launch.tune._seconds_per_step", refuse)
+    file = tmp_path / "profile.json"
+    file.write_text("of an earlier run")
+    words = ["tune", "--num-gpus", "2", "--machine", "cpu-gloo", "--profile-file", str(file)]
+    assert main(words) == 1
+    out = capsys.readouterr().out
+    assert "no layout ran: rank 1 [gloo] ran out of memory\n" in out
+    assert "refused" in out
+    assert not {"*", "wins"} & set(out.split())
+    assert file.read_text() == "of an earlier run"
+
+
+def test_the_only_layout_that_runs_wins(tmp_path, monkeypatch, capsys):
+    tried = []
+
+    def only_the_second(_config, _folder, _params, candidate):
+        tried.append(candidate)
+        if len(tried) != 2:
+            raise StartFailed("rank 1 left")
+        return 0.5
+
+    monkeypatch.setattr("launch.tune._seconds_per_step", only_the_second)
+    file = tmp_path / "profile.json"
+    words = ["tune", "--num-gpus", "2", "--machine", "cpu-gloo", "--profile-file", str(file)]
+    assert main(words) == 0
+    assert f"{tried[1]} wins by measurement with 0.5 s per step" in capsys.readouterr().out
+    rows = json.loads(file.read_text())["layouts"]
+    assert [row["layout"] for row in rows if row["measured_s"] is not None] == [str(tried[1])]
 
 
 @pytest.mark.slow
