@@ -37,6 +37,7 @@ bench: $(VENV)/.test  ## the figures of bench/results/, measured again (about 10
 	$(BIN)/python -m bench.prediction
 	$(BIN)/python -m bench.fuzz
 	$(BIN)/python -m bench.parallel
+	$(BIN)/python -m bench.parallel --ranks 4 --pairs 1
 	$(BIN)/python -m bench.projections
 	$(BIN)/python -m bench.backpressure
 

@@ -9,6 +9,7 @@ import struct
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import msgspec
 
@@ -80,49 +81,73 @@ def _with_gpus(gpus: list[Gpu], ranks: int) -> Machine:
 # ---- the model ---------------------------------------------------------------------------------------------------
 
 
+class _Tensor(NamedTuple):
+    name: str
+    rows: int
+    """Its first dimension."""
+    numel: int
+
+
 def read_weights(folder: Path, element: int) -> Weights:
     """Sizes from the headers of the safetensors files; no tensor is read.
 
     Raises:
         InvalidInput: a file is none of safetensors.
     """
-    denoiser = _numels(folder / "transformer")
-    encoders = [_numels(part) for part in sorted(folder.glob("text_encoder*")) if part.is_dir()]
+    denoiser = _tensors(folder / "transformer")
+    encoders = [_tensors(part) for part in sorted(folder.glob("text_encoder*")) if part.is_dir()]
     return Weights(
-        denoiser=element * sum(numel for _, numel in denoiser),
+        denoiser=element * _numel(denoiser),
         gathered=element * max(_gathered(part) for part in (denoiser, *encoders)),
         blocks=len(_blocks(denoiser)),
-        encoders=element * sum(numel for part in encoders for _, numel in part),
+        encoders=element * sum(map(_numel, encoders)),
         # The VAE stays in fp32 unless it is told otherwise.
-        vae=4 * sum(numel for _, numel in _numels(folder / "vae")),
+        vae=4 * _numel(_tensors(folder / "vae")),
+        row_bytes={rows: element * numel for rows, numel in _row_numels(denoiser).items()},
     )
 
 
-def _blocks(tensors: list[tuple[str, int]]) -> Counter[str]:
+def _numel(tensors: list[_Tensor]) -> int:
+    return sum(tensor.numel for tensor in tensors)
+
+
+def _row_numels(tensors: list[_Tensor]) -> Counter[int]:
+    """First dimension -> values in one row of all tensors that have it."""
+    found = Counter[int]()
+    for tensor in tensors:
+        found[tensor.rows] += tensor.numel // max(tensor.rows, 1)
+    return found
+
+
+def _blocks(tensors: list[_Tensor]) -> Counter[str]:
     """Values in each of the repeated blocks; what is in none belongs to the root."""
     blocks = Counter[str]()
-    for name, numel in tensors:
+    for name, _, numel in tensors:
         if block := re.match(r".*?\.\d+(?=\.)", name):
             blocks[block[0]] += numel
     return blocks
 
 
-def _gathered(tensors: list[tuple[str, int]]) -> int:
+def _gathered(tensors: list[_Tensor]) -> int:
     """Values that a rank of a shard group has whole at once: root, block, next block and its buffer."""
     blocks = _blocks(tensors)
-    return sum(numel for _, numel in tensors) - blocks.total() + 3 * max(blocks.values(), default=0)
+    return _numel(tensors) - blocks.total() + 3 * max(blocks.values(), default=0)
 
 
-def _numels(folder: Path) -> list[tuple[str, int]]:
-    """(tensor, number of values) of a component."""
-    found = dict[str, int]()
+def _tensors(folder: Path) -> list[_Tensor]:
+    """Those of a component."""
+    found = dict[str, _Tensor]()
     for file in sorted(folder.glob("*.safetensors")):
         try:
             header = _header(file)
-            found |= {name: math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
+            found |= {name: _tensor(name, entry["shape"]) for name, entry in header.items() if name != "__metadata__"}
         except (OSError, ValueError, TypeError, KeyError, AttributeError, struct.error) as error:
             raise InvalidInput("model_path", f"{file} cannot be read as safetensors: {error}") from error
-    return list(found.items())
+    return list(found.values())
+
+
+def _tensor(name: str, shape: list[int]) -> _Tensor:
+    return _Tensor(name, shape[0] if shape else 1, math.prod(shape))
 
 
 def _header(file: Path) -> dict[str, dict[str, list[int]]]:

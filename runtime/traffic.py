@@ -8,7 +8,9 @@ S tokens of D = heads * head_dim values, e bytes each; n = ring * ulysses ranks 
     cfg c       the prediction of every branch     latents * e * (c-1)                 all_gather   1 per step
     FSDP N      every block's weights              W * (N-1)/N                         weights      blocks + 1
 
-All but the last two count per branch: each branch is a row of its own in the forward.
+All but the last two count per branch: each branch is a row of its own in the forward. FSDP counts per forward; W has
+every tensor's first dimension filled up to a multiple of N, for the parts that are gathered are equal. What a library
+keeps in fp32 beside a half-precision model is counted and not sent: 0.2 % of a Wan.
 """
 
 from __future__ import annotations
@@ -79,26 +81,29 @@ def forwards(work: Work, layout: Layout) -> int:
     return -(-work.branches // layout.cfg)
 
 
-def step_traffic(work: Work, layout: Layout, element: int, *, weight_bytes: float = 0.0, blocks: int = 0) -> Traffic:
+def step_traffic(
+    work: Work, layout: Layout, element: int, *, weight_bytes: float = 0.0, blocks: int = 0, shards: int = 0
+) -> Traffic:
     """What the busiest rank sends in a step.
 
     Args:
         work: of the request.
         layout: cfg * ring * ulysses.
         element: bytes of a value in the denoiser's precision.
-        weight_bytes: of the denoiser if it is sharded over all ranks, else 0.
+        weight_bytes: of the denoiser if it is sharded, filled up to equal parts (`Weights.filled_up`), else 0.
         blocks: into which these weights are gathered one by one.
+        shards: ranks that it is sharded over; unset: those of the layout.
     """
     share = -(-work.tokens // layout.sp)
     branches = -(-work.branches // layout.cfg)
     passes = forwards(work, layout)
     rows = work.attentions * branches * share * work.width * element
-    ranks, output = layout.num_ranks, work.latents / work.tokens * share * branches * element
+    shards, output = shards or layout.num_ranks, work.latents / work.tokens * share * branches * element
     return Traffic(
         all_to_all=4 * rows * (layout.ulysses - 1) / layout.ulysses,
         exchange=2.0 * rows * (layout.ring - 1),
         all_gather=output * (layout.sp - 1) + work.latents * element * branches * (layout.cfg - 1),
-        weights=passes * weight_bytes * (ranks - 1) / ranks,
+        weights=passes * weight_bytes * (shards - 1) / shards,
         calls={
             "all_to_all": 2 * work.attentions * passes * (layout.ulysses > 1),
             "exchange": work.attentions * passes * (layout.ring - 1),

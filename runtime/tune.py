@@ -39,6 +39,12 @@ class Weights(msgspec.Struct, frozen=True):
     blocks: int
     encoders: float
     vae: float
+    row_bytes: dict[int, int] = {}
+    """First dimension of the denoiser's tensors -> bytes of one row of all those that have it."""
+
+    def filled_up(self, shards: int) -> float:
+        """Bytes of the denoiser over so many ranks: FSDP cuts first dimensions into equal parts, the last padded."""
+        return self.denoiser + sum(row * (-rows % shards) for rows, row in self.row_bytes.items())
 
 
 class Candidate(msgspec.Struct, frozen=True):
@@ -105,7 +111,7 @@ class Tuner:
 
     def predict(self, candidate: Candidate, params: ResolvedParams) -> Prediction:
         work, layout = work_of(self.card, self.configs, params), candidate.layout
-        sharded = self.weights.denoiser if candidate.fsdp else 0.0
+        sharded = self.weights.filled_up(layout.num_ranks) if candidate.fsdp else 0.0
         traffic = step_traffic(
             work, layout, self.machine.element, weight_bytes=sharded, blocks=self.weights.blocks if sharded else 0
         )

@@ -12,7 +12,7 @@ from ranks import run_ranks
 from ranks_attention import noise, whole
 from toy_joint import PLAN, Toy
 
-from bench.parallel import ask, bytes_per_step, card, crew, layouts, params_of
+from bench.parallel import ask, crew, formula, meshes, params_of, random_weights
 from runtime.config import Config
 from runtime.errors import InvalidInput
 from runtime.layout import Layout
@@ -118,13 +118,15 @@ def test_yunchang_gets_only_what_flash_attention_takes(dtype, dim, taken):
 
 
 def test_a_step_sends_what_the_formula_says():
-    """Counted while the executor runs a real step; 64 tokens and 8 heads divide by every degree."""
-    args = argparse.Namespace(steps=1, frames=1, size=128)
+    """Counted while the executor runs a real step; 64 tokens and 8 heads divide by every degree, FSDP pads a table."""
+    args, weights = argparse.Namespace(steps=1, frames=1, size=128), random_weights()
     with crew(args, 4, 1) as ranks:
-        for layout in layouts(4):
-            sent = [answer["bytes"] for answer in ask(ranks, layout)]
-            expected = bytes_per_step(layout, card(), params_of(args))
-            assert sum(sent) / len(sent) == expected > 0, layout
+        for mesh in meshes(4):
+            answers, expected = ask(ranks, mesh), formula(mesh, params_of(args), weights)
+            assert sum(answer["bytes"] for answer in answers) / len(answers) == expected.total > 0, mesh
+            for answer in answers:
+                assert answer["weights"] == expected.weights, mesh
+                assert answer["gathers"] == expected.calls["weights"], mesh
 
 
 # ---- the kernel --------------------------------------------------------------------------------------------------

@@ -78,6 +78,7 @@ def test_sizes_are_read_from_headers(folder):
     assert weights.gathered == weights.encoders > 3 * block
     assert weights.encoders == 2 * 5.7e9
     assert weights.vae == 4 * 127e6
+    assert weights.row_bytes == {5120: 2 * 40 * 8 * 5120, 13824: 2 * 40 * 2 * 5120}
 
 
 @pytest.mark.parametrize(
@@ -115,6 +116,18 @@ def test_sharded_weights_travel_once_per_forward():
     # Too many tokens for a joint forward: one for each branch, and so are the gathers.
     assert step_traffic(long, Layout(1, 1, 4), 4, weight_bytes=whole, blocks=8).weights == 2 * whole * 3 / 4
     assert step_traffic(long, Layout(2, 1, 2), 4, weight_bytes=whole, blocks=8).weights == whole * 3 / 4
+    # A request on every rank: its layout moves nothing, the weights move all the same.
+    assert step_traffic(WORK, Layout(), 4, weight_bytes=whole, blocks=8, shards=4).total == whole * 3 / 4
+
+
+def test_sharded_weights_travel_padded_to_equal_parts(folder):
+    on = tuner(folder, "h100-nvlink")
+    on = replace(on, weights=msgspec.structs.replace(on.weights, denoiser=100.0, row_bytes={1: 6, 8: 5, 18: 3}))
+    filled = {1: 100, 2: 100 + 6, 4: 100 + 3 * 6 + 2 * 3, 8: 100 + 7 * 6 + 6 * 3}
+    assert {shards: on.weights.filled_up(shards) for shards in filled} == filled
+    sharded = on.predict(Candidate(Layout(1, 1, 4), fsdp=True), on.card.check(replace(SHAPE, num_inference_steps=1)))
+    passes = sharded.traffic.calls["weights"] // 41
+    assert sharded.traffic.weights == passes * 124 * 3 / 4
 
 
 # ---- the ranking -------------------------------------------------------------------------------------------------
