@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
+RUN = "import os, runpy, sys; del sys.argv[0]; runpy.run_path(sys.argv[0], run_name='__main__'); os._exit(0)"
+"""Runs a script and ends: gloo's threads may abort a process that ends as usual while its peers hang up."""
 
 
 def run_ranks(num_ranks: int, script: str, *args: str, timeout_s: float = 240.0) -> None:
@@ -25,7 +27,7 @@ def run_ranks(num_ranks: int, script: str, *args: str, timeout_s: float = 240.0)
     }
     processes = [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "tests" / script), *args],
+            [sys.executable, "-c", RUN, str(ROOT / "tests" / script), *args],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,

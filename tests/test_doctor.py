@@ -186,8 +186,8 @@ def test_memory(tmp_path):
 
 
 def test_memory_of_a_cgroup(monkeypatch):
-    monkeypatch.setattr(devices, "cgroup", lambda name: iter(["max", "20000000"] if name == "memory.max" else []))
-    worst(doctor.check_memory, "warning", "0.02 GiB of 0.02 GiB (limit of the cgroup)", device="cpu")
+    monkeypatch.setattr(devices, "cgroup", lambda name: iter(["max", "40000000"] if name == "memory.max" else []))
+    worst(doctor.check_memory, "warning", "0.03 GiB of 0.04 GiB (limit of the cgroup)", device="cpu")
     worst(doctor.check_memory, "error", "limit of the cgroup", device="cpu", num_gpus=2)
 
 

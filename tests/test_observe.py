@@ -51,8 +51,10 @@ from runtime.protocol import (
     Encode,
     FromScheduler,
     GatewayHello,
+    Observe,
     Ready,
     Request,
+    Status,
     Stored,
     Submit,
     ToScheduler,
@@ -319,6 +321,9 @@ def done(workers, item):
 def complete(workers, gateway, item):
     """The request's frames are stored before its decode is reported."""
     gateway.channel.send(Stored("a"))
+    # The workers' sockets are others: only an answer shows that it was heard before what they say.
+    gateway.channel.send(Observe("a"))
+    gateway.wait_for(Status)
     done(workers, item)
     gateway.wait_for(Completed)
 
