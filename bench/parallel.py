@@ -10,9 +10,10 @@ ring each send 19.4 MB per rank and step, CFG parallelism 0.5 MB. gloo moves abo
 of more than a second; ring hides its share behind the kernel. Efficiency of at least 0.95 everywhere, above 1 where
 threads scale badly.
 
-Measured: guidance groups 1.05, ring 0.99, Ulysses 0.93. A step takes 0.4 s and not more than a second, so the same
-bytes weigh more; and of what Ulysses pays, gloo's transfers are the smaller part: q, k, v and the output are copied
-once into and once out of the order in which they travel, which are fresh pages each time.
+Measured: guidance groups 1.11, ring 1.03, Ulysses 0.99 (a day before 1.05, 0.99, 0.93: two threads in one process were
+the faster then). A step takes 0.4 s and not more than a second, so the same bytes weigh more; and of what Ulysses pays,
+gloo's transfers are the smaller part: q, k, v and the output are copied once into and once out of the order in which
+they travel, which are fresh pages each time.
 
 Predicted, for weights sharded over the 2 ranks: they send 16.8 MB per rank and step in 4 gathers (3 blocks and the
 root), 0.1 % of it padding, whatever the tokens. The cost model leaves 15 ms of it unhidden: efficiency 0.90 with
@@ -21,7 +22,8 @@ Ulysses (0.93 without sharding), 1.03 with a request on each rank (1.05 on guida
 Predicted, for 4 ranks: Ulysses 14.9 MB, USP 2 x 2 19.7 MB, ring 29.1 MB, two guidance groups of either 10.2 MB, sharded
 weights 25.2 MB. On two cores a step takes as long as on 2 ranks and a little more, so 0.7 to 0.9.
 
-Measured: not yet on a quiet machine.
+Measured: sharded 0.99 with a request on each rank, 0.88 with Ulysses; the bytes are those of the formula everywhere.
+The seconds of 4 ranks have not been measured on a quiet machine.
 """
 
 from __future__ import annotations

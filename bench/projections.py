@@ -4,6 +4,9 @@ Predicted, for bench.parallel's model on 2 gloo ranks: of the three quarters of 
 two thirds could travel while k and v are computed. That is half of about 10 ms in a step of 0.4 s, so at most 1 %, less
 two more collectives per attention; and gloo's thread, which copies, takes its core from the projection that it is to
 hide behind.
+
+Measured: 0.96 of the time (0.92 to 1.01), more than predicted. Not separated: three smaller copies into the order of
+travel may be cheaper than one large one.
 """
 
 from __future__ import annotations
