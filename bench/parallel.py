@@ -91,18 +91,23 @@ class Mesh(NamedTuple):
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.parallel", description=__doc__)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=2, help="per measurement")
-    parser.add_argument("--frames", type=int, default=29, help="29: 2,048 tokens")
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    add_arguments(parser, pairs=5)
     args = parser.parse_args()
     if args.worker:
         work(args)
         return
     where = machine()
     save("parallel", where, measure(args), variant="" if args.ranks == 2 else f"{args.ranks}ranks")
+
+
+def add_arguments(parser: argparse.ArgumentParser, pairs: int) -> None:
+    """What `crew` and `params_of` need."""
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=pairs)
+    parser.add_argument("--steps", type=int, default=2, help="per measurement")
+    parser.add_argument("--frames", type=int, default=29, help="29: 2,048 tokens")
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
 
 
 def card() -> WanCard:

@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from bench.parallel import crew, order, params_of, prepare
+from bench.parallel import add_arguments, crew, order, params_of, prepare
 from bench.report import machine, save, spread
 from runtime.layout import Layout
 
@@ -28,12 +28,7 @@ TOGETHER, EACH = "in one collective", "each behind the next projection"
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.projections", description=__doc__)
-    parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=15)
-    parser.add_argument("--steps", type=int, default=2, help="per measurement")
-    parser.add_argument("--frames", type=int, default=29, help="29: 2,048 tokens")
-    parser.add_argument("--size", type=int, default=256)
-    parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
+    add_arguments(parser, pairs=15)
     args = parser.parse_args()
     if args.worker:
         work(args)
