@@ -242,7 +242,7 @@ class FakeMesh:
         self.draining = True
         self._announce.set()
 
-    def wait_for(self, mark: str, timeout_s: float = 5.0) -> str:
+    def wait_for(self, mark: str, timeout_s: float = 20.0) -> str:
         """The id of a request that is held at a mark."""
         until = time.monotonic() + timeout_s
         while time.monotonic() < until:

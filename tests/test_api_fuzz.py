@@ -55,11 +55,12 @@ def calm(gateway):
     jobs = []
     eventually(lambda: not gateway.call(lambda: [*gateway.runner.under_way()]), 60)
     eventually(lambda: not [name for name in gateway.tasks() if name.startswith(("video_", "image_"))])
-    after = None
-    while after is None or jobs[-1]["has_more"]:
-        jobs.append(gateway.http.get("/v1/videos", params={"limit": 100} | ({"after": after} if after else {})).json())
-        after = jobs[-1]["last_id"]
-    known = {video["id"]: video["status"] for page in jobs for video in page["data"]}
+    page: dict = {"has_more": True, "last_id": None}
+    while page["has_more"]:
+        after = {"after": page["last_id"]} if page["last_id"] else {}
+        page = gateway.http.get("/v1/videos", params={"limit": 100, **after}).json()
+        jobs.extend(page["data"])
+    known = {video["id"]: video["status"] for video in jobs}
     assert set(known.values()) <= {"completed", "failed", "cancelled"}
     kept = {path.name.partition(".")[0] for path in gateway.videos.iterdir()}
     assert kept == {video for video, status in known.items() if status == "completed"}
