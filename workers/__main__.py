@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import argparse
 import os
-import sys
 import threading
 from pathlib import Path
+from typing import NoReturn
 
 from runtime.config import Config, fit_layout, load_frozen
 from runtime.keys import load_keys
@@ -23,7 +23,7 @@ from workers.seat import Seat, WorkerChannel, take_seat
 log = get_logger("worker")
 
 
-def main() -> int:
+def main() -> NoReturn:
     die_with_parent()
     threading.excepthook = die_with_thread
     parser = argparse.ArgumentParser(prog="torchrun -m workers", description=__doc__)
@@ -35,7 +35,7 @@ def main() -> int:
     setup_logging(f"worker{os.environ['RANK']}", config.log_level)
     set_keys(load_keys(config.curve_dir))
     seat, channel = take_seat(args.scheduler)
-    return _serve(args.model_folder, config, seat, channel)
+    _serve(args.model_folder, config, seat, channel)
 
 
 def die_with_thread(args: threading.ExceptHookArgs) -> None:
@@ -45,7 +45,7 @@ def die_with_thread(args: threading.ExceptHookArgs) -> None:
     os._exit(1)
 
 
-def _serve(folder: Path, config: Config, seat: Seat, channel: WorkerChannel) -> int:
+def _serve(folder: Path, config: Config, seat: Seat, channel: WorkerChannel) -> NoReturn:
     from workers.calibrate import measure
     from workers.checkpoint import digest
     from workers.frames import FrameSender
@@ -86,13 +86,18 @@ def _serve(folder: Path, config: Config, seat: Seat, channel: WorkerChannel) -> 
         # What is in line was sound before this item.
         spool.close(timeout_s=2.0)
         channel.close(linger_s=2.0)
-        # A collective may hold a thread of the process group for ever; only a hard exit is sure to end it.
-        os._exit(1)
+        leave(1)
     sender.close()
     spool.close(timeout_s=10.0)
     channel.close(linger_s=1.0)
-    return 0
+    leave(0)
+
+
+def leave(code: int) -> NoReturn:
+    """End at once: a collective may hold a thread of the process group for ever, and gloo's threads, met by the
+    interpreter's own way out, abort the process now and then."""
+    os._exit(code)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
