@@ -147,7 +147,7 @@ def random_weights() -> Weights:
     """Sizes of the random denoiser as the launcher reads them, from files."""
     with TemporaryDirectory() as folder:
         random_denoiser().save_pretrained(Path(folder, "transformer"))
-        return read_weights(Path(folder), ELEMENT)
+        return read_weights(Path(folder), ELEMENT, {})
 
 
 # ---- the parent --------------------------------------------------------------------------------------------------

@@ -210,6 +210,7 @@ def tune(
     width: int | None = None,
     num_frames: int | None = None,
     guidance_scale: float | None = None,
+    true_cfg_scale: float | None = None,
     machine: str | None = None,
     measure: int = 3,
     dry_run: Annotated[
@@ -234,7 +235,9 @@ def tune(
     num_frames
         Frames of video; unset: the model's default.
     guidance_scale
-        1 or less: without guidance, so without guidance branches to spread.
+        Of a video model; 1 or less: without guidance, so without guidance branches to spread.
+    true_cfg_scale
+        The same of an image model.
     machine
         Constants to predict with: cpu-gloo, h100-nvlink, h100-pcie, or a JSON file; unset: chosen by this machine.
     measure
@@ -250,16 +253,17 @@ def tune(
     config = Config(model_path=model_path, revision=revision, num_gpus=num_gpus)
     check_config(config)
     folder, card = _card_of(model_path, revision)
-    usual = usual_request()
     params = replace(
-        usual,
+        usual_request(),
         height=height,
         width=width,
         num_frames=num_frames,
         guidance_scale=guidance_scale,
-        # Without guidance there is nothing to steer away from.
-        negative_prompt=None if guidance_scale is not None and guidance_scale <= 1 else usual.negative_prompt,
+        true_cfg_scale=true_cfg_scale,
     )
+    if any(scale is not None and scale <= 1 for scale in (guidance_scale, true_cfg_scale)):
+        # Without guidance there is nothing to steer away from.
+        params = replace(params, negative_prompt=None)
     return find_layout(
         config, folder, card, params, machine=machine, dry_run=dry_run, measure=measure, profile_file=profile_file
     )

@@ -327,6 +327,11 @@ LAYOUT_SETTINGS = frozenset(
     {"num_gpus", "sp_degree", "ulysses_degree", "ring_degree", "enable_cfg_parallel", "cfg_parallel_size"}
 )
 """What a profile decides together: half of a layout is none."""
+PROFILE_PARTS = {
+    "layout": (LAYOUT_SETTINGS, LAYOUT_SETTINGS | {"use_fsdp_inference"}),
+    "model": (frozenset({"model_path"}), frozenset({"revision"})),
+}
+"""Part of a profile -> what decides it, and what is left out where something else was said on that by hand."""
 
 
 def _said(phrase: Phrase) -> tuple[str, str]:
@@ -360,11 +365,12 @@ def read_profile(path: str, said: Mapping[str, str]) -> tuple[dict[str, Setting]
     for name in sorted(by_hand):
         notes.append(f"note: {name}: {said[name]} by hand wins over {found[name].values[0]} of the profile")
     dropped = {name for name in found if name in said}
-    if LAYOUT_SETTINGS & (by_hand | (said.keys() - found.keys())):
-        rest = sorted((LAYOUT_SETTINGS & found.keys()) - dropped)
-        dropped |= set(rest)
-        if rest:
-            notes.append(f"note: {', '.join(rest)} of the profile belong to its own layout and are left out")
+    otherwise = by_hand | (said.keys() - found.keys())
+    for part, (decisive, belonging) in PROFILE_PARTS.items():
+        rest = sorted((belonging & found.keys()) - dropped)
+        if rest and decisive & otherwise:
+            dropped |= set(rest)
+            notes.append(f"note: {', '.join(rest)} of the profile belong to its own {part} and are left out")
     return {name: setting for name, setting in found.items() if name not in dropped}, notes
 
 

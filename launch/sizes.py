@@ -7,6 +7,7 @@ import math
 import re
 import struct
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -51,7 +52,10 @@ def settle_layout(config: Config, folder: Path, card: Card) -> tuple[Config, tup
 def tuner_for(config: Config, folder: Path, card: Card, machine: Machine | None = None) -> Tuner:
     """Of the model in a folder, on this machine or on the one that is given."""
     machine = this_machine(config) if machine is None else machine
-    return Tuner(card, read_configs(folder), read_weights(folder, machine.element), machine)
+    unused = dict(card.unused)
+    if config.vae_config.load_encoder:
+        del unused["vae"]
+    return Tuner(card, read_configs(folder), read_weights(folder, machine.element, unused), machine)
 
 
 # ---- the machine -------------------------------------------------------------------------------------------------
@@ -88,23 +92,37 @@ class _Tensor(NamedTuple):
     numel: int
 
 
-def read_weights(folder: Path, element: int) -> Weights:
+def read_weights(folder: Path, element: int, unused: Mapping[str, Sequence[str]]) -> Weights:
     """Sizes from the headers of the safetensors files; no tensor is read.
+
+    Args:
+        folder: of the model.
+        element: bytes of a value of the denoiser and the text encoders.
+        unused: submodules by component that no rank holds.
 
     Raises:
         InvalidInput: a file is none of safetensors.
     """
-    denoiser = _tensors(folder / "transformer")
-    encoders = [_tensors(part) for part in sorted(folder.glob("text_encoder*")) if part.is_dir()]
+
+    def held(part: Path) -> list[_Tensor]:
+        return [tensor for tensor in _tensors(part) if not _belongs(tensor.name, unused.get(part.name, ()))]
+
+    denoiser = held(folder / "transformer")
+    encoders = [held(part) for part in sorted(folder.glob("text_encoder*")) if part.is_dir()]
     return Weights(
         denoiser=element * _numel(denoiser),
         gathered=element * max(_gathered(part) for part in (denoiser, *encoders)),
         blocks=len(_blocks(denoiser)),
         encoders=element * sum(map(_numel, encoders)),
         # The VAE stays in fp32 unless it is told otherwise.
-        vae=4 * _numel(_tensors(folder / "vae")),
+        vae=4 * _numel(held(folder / "vae")),
         row_bytes={rows: element * numel for rows, numel in _row_numels(denoiser).items()},
     )
+
+
+def _belongs(name: str, submodules: Sequence[str]) -> bool:
+    """Whether a tensor is in one of them, by its name or the older one without the language model around it."""
+    return any(name.startswith((f"{part}.", f"{part.removeprefix('model.')}.")) for part in submodules)
 
 
 def _numel(tensors: list[_Tensor]) -> int:

@@ -63,13 +63,16 @@ def tune(
     if machine is None:
         _say(f"note: constants of {tuner.machine.name}; --machine FILE takes better ones")
     ranked = tuner.rank(resolved, config.num_gpus)
+    if not ranked:
+        raise InvalidInput("num_gpus", f"{tuner.unshared(resolved, config.num_gpus)}; take fewer, or a larger shape")
     # The next best on paper may be the best in truth; one that does not fit is not tried.
     tried = [p.candidate for p in ranked if p.fits and not dry_run]
     measured = {m.candidate: m for m in _measure(config, folder, params, tried, measure)}
     best = _winner(ranked, measured)
     console = Console()
     console.print(_table(ranked, measured, best))
-    console.print(_sentence(ranked, measured, best), highlight=False, markup=False, soft_wrap=True)
+    for line in _why(ranked, measured, best):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     for line in crossovers(tuner, _shapes(card, params), resolved, config.num_gpus):
         console.print(line, highlight=False, soft_wrap=True)
     if best is None or not best.fits:
@@ -123,20 +126,13 @@ def _seconds_per_step(config: Config, folder: Path, params: SamplingParams, cand
     flags: dict[str, Any] = candidate.flags
     with tempfile.TemporaryDirectory(prefix="framemesh-tune-") as place, ProgressView() as view:
         # Costs that this run measures must not be mistaken for those of a served model.
-        asked = _with_flags(config, {**flags, "cost_cache": place, "output_path": place})
+        asked = replace(config, **flags, cost_cache=place, output_path=place)
         with Generator(asked, folder) as generator:
             for steps in (WARM_STEPS, TIMED_STEPS):
                 view.stage("denoise", 0, steps)
                 few = replace(params, prompt=params.prompt or "a measurement", num_inference_steps=steps, seed=0)
                 result = generator.generate(few)
         return float(result.metadata["timings"]["denoise"]) / TIMED_STEPS
-
-
-def _with_flags(config: Config, flags: dict[str, Any]) -> Config:
-    known = set(Config.__dataclass_fields__)
-    if missing := sorted(flags.keys() - known):
-        raise InvalidInput(missing[0], "is no setting here, so this layout cannot be tried")
-    return replace(config, **flags)
 
 
 def _winner(ranked: Sequence[Prediction], measured: dict[Candidate, Measured]) -> Prediction | None:
@@ -155,10 +151,7 @@ def _table(ranked: Sequence[Prediction], measured: dict[Candidate, Measured], be
     table.add_column("layout", no_wrap=True)
     for name in ("predicted", *(["measured"] if measured else []), "memory", "sent"):
         table.add_column(name, justify="right", no_wrap=True)
-    order = {
-        candidate: number
-        for number, candidate in enumerate(sorted(_timed(measured), key=lambda c: measured[c].seconds))
-    }
+    order = {candidate: number for number, candidate in enumerate(_timed(measured))}
     for number, p in enumerate(sorted(ranked, key=lambda p: order.get(p.candidate, len(ranked)))):
         tried = measured.get(p.candidate)
         time = "-" if tried is None else "refused" if tried.refused else f"{tried.seconds:.4g}"
@@ -169,20 +162,21 @@ def _table(ranked: Sequence[Prediction], measured: dict[Candidate, Measured], be
 
 
 def _timed(measured: dict[Candidate, Measured]) -> list[Candidate]:
-    return [candidate for candidate, found in measured.items() if not found.refused]
+    """Those that ran, the fastest first."""
+    ran = [candidate for candidate, found in measured.items() if not found.refused]
+    return sorted(ran, key=lambda candidate: measured[candidate].seconds)
 
 
-def _sentence(ranked: Sequence[Prediction], measured: dict[Candidate, Measured], best: Prediction | None) -> str:
+def _why(ranked: Sequence[Prediction], measured: dict[Candidate, Measured], best: Prediction | None) -> Iterator[str]:
+    """A line on what was measured, if anything was, and one on what was predicted."""
     if best is None:
-        return f"no layout ran: {next(iter(measured.values())).refused}"
-    if best is ranked[0] or best.candidate not in measured:
-        return why(ranked)
-    seconds, first = measured[best.candidate].seconds, measured.get(ranked[0].candidate)
-    told = "was refused" if first is None or first.refused else f"took {first.seconds:.4g} s"
-    return (
-        f"{best.candidate} wins by measurement with {seconds:.4g} s per step; "
-        f"predicted best was {ranked[0].candidate}, which {told}"
-    )
+        yield f"no layout ran: {next(iter(measured.values())).refused}"
+        return
+    if timed := _timed(measured):
+        first, *others = (measured[candidate].seconds for candidate in timed)
+        against = f"; {timed[1]} takes {others[0] / first - 1:.1%} longer" if others else ""
+        yield f"measured: {timed[0]} wins with {first:.3g} s per step{against}"
+    yield f"predicted: {why(ranked)}"
 
 
 def write_profile(
@@ -195,8 +189,9 @@ def write_profile(
     best: Prediction,
 ) -> None:
     """Everything that `serve --profile-file` needs ("flags"), and what it was concluded from."""
+    model = {"model_path": config.model_path} | ({} if config.revision is None else {"revision": config.revision})
     profile = {
-        "flags": {"model_path": config.model_path, **best.candidate.flags},
+        "flags": {**model, **best.candidate.flags},
         "shape": {"height": params.height, "width": params.width, "num_frames": params.num_frames},
         "machine": msgspec.to_builtins(tuner.machine),
         "weights": msgspec.to_builtins(tuner.weights),

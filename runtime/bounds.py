@@ -12,6 +12,7 @@ from msgspec import Meta
 
 MAX_PROMPT_CHARS = 1_000_000
 MAX_ID_CHARS = 1024
+MAX_RANKS = 65_536
 MAX_REQUESTS = 100_000
 """In one message; all that a gateway may have to submit again to a new scheduler."""
 
@@ -19,9 +20,9 @@ Int63 = Annotated[int, Meta(ge=0, le=2**63 - 1)]
 """Counters without a natural end: epochs, sequence numbers, bytes, seeds."""
 ItemSeq = Annotated[int, Meta(ge=-1, le=2**63 - 1)]
 """Of a work item; -1 for none."""
-Rank = Annotated[int, Meta(ge=0, le=65_535)]
-RankCount = Annotated[int, Meta(ge=0, le=65_536)]
-Degree = Annotated[int, Meta(ge=1, le=65_536)]
+Rank = Annotated[int, Meta(ge=0, le=MAX_RANKS - 1)]
+RankCount = Annotated[int, Meta(ge=0, le=MAX_RANKS)]
+Degree = Annotated[int, Meta(ge=1, le=MAX_RANKS)]
 Times = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 """How often something happened: attempts, generations, losses."""
 Pid = Annotated[int, Meta(ge=0, le=2**31 - 1)]

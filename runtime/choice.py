@@ -23,10 +23,13 @@ def choose(config: Config, tuner: Tuner, params: ResolvedParams) -> tuple[Config
         tuner: of the model on the machine that the mesh runs on.
         params: of a usual request.
     """
-    allowed = [p for p in tuner.rank(params, config.num_gpus) if _agrees(config, p.candidate)]
+    ranked = tuner.rank(params, config.num_gpus)
+    shape = f"{params.width}x{params.height}" + (f", {params.num_frames} frames" if params.num_frames > 1 else "")
+    if not ranked:
+        return config, (f"warning: no layout chosen for {shape}: {tuner.unshared(params, config.num_gpus)}",)
+    allowed = [p for p in ranked if _agrees(config, p.candidate)]
     if not allowed:
         return config, ()
-    shape = f"{params.width}x{params.height}" + (f", {params.num_frames} frames" if params.num_frames > 1 else "")
     lines = [f"chosen for {shape} on {tuner.machine.name}: {why(allowed)}"]
     best = allowed[0]
     if not best.fits:
@@ -48,7 +51,7 @@ def _agrees(config: Config, candidate: Candidate) -> bool:
 
 def _warning(tuner: Tuner, params: ResolvedParams, num_ranks: int, taken: Prediction) -> str:
     more = (times * num_ranks for times in MORE_RANKS)
-    enough = next((ranks for ranks in more if tuner.rank(params, ranks)[0].fits), None)
+    enough = next((ranks for ranks in more if any(p.fits for p in tuner.rank(params, ranks))), None)
     remedy = f"{enough} ranks of that memory would do" if enough is not None else "a smaller model would do"
     return (
         f"warning: a rank has {gib(tuner.machine.memory)}, so {taken.candidate} may run out of memory; "

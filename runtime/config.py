@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import msgspec
 
 from runtime.apikeys import parse_keys, parse_rate, parse_weights
-from runtime.bounds import MAX_PROMPT_CHARS
+from runtime.bounds import MAX_PROMPT_CHARS, MAX_RANKS
 from runtime.errors import InvalidInput
 from runtime.layout import Heads, Layout, derive_layout, describe_layout
 from runtime.places import read_places
@@ -211,6 +211,11 @@ class Config:
         return 2 if self.enable_cfg_parallel else 1
 
     @property
+    def cfg_setting(self) -> str:
+        """Which setting `cfg_degree` comes from."""
+        return "enable_cfg_parallel" if self.cfg_parallel_size is None else "cfg_parallel_size"
+
+    @property
     def layout_is_open(self) -> bool:
         """Whether nothing was said on how several ranks share the work, so that it has to be chosen."""
         degrees = (self.sp_degree, self.ulysses_degree, self.ring_degree, self.cfg_parallel_size)
@@ -225,6 +230,7 @@ class Config:
             ulysses_degree=self.ulysses_degree,
             ring_degree=self.ring_degree,
             cfg_degree=self.cfg_degree,
+            cfg_setting=self.cfg_setting,
             heads=heads,
         )
 
@@ -324,6 +330,12 @@ def _check_outputs(config: Config) -> None:
 
 
 def _check_parallel(config: Config) -> None:
+    if config.num_gpus * config.replicas > MAX_RANKS:
+        raise InvalidInput(
+            "num_gpus", f"{config.num_gpus * config.replicas} ranks are too many; take at most {MAX_RANKS}"
+        )
+    if config.tp_size is not None and config.tp_size < 1:
+        raise InvalidInput("tp_size", f"{config.tp_size} is not a degree; it must be 1 or more")
     if config.enable_cfg_parallel and config.cfg_degree == 1:
         raise InvalidInput("cfg_parallel_size", "1 contradicts enable_cfg_parallel; take 2 or more, or leave it out")
     if config.enable_cfg_parallel is False and config.cfg_degree > 1:
@@ -363,7 +375,7 @@ def fit_layout(config: Config, card: Heads, branches: int) -> Config:
     """
     if config.cfg_degree > branches:
         reason = f"cfg({config.cfg_degree}) > {branches} guidance branches of this model; leave the ranks to SP"
-        raise InvalidInput("enable_cfg_parallel", reason)
+        raise InvalidInput(config.cfg_setting, reason)
     if config.use_fsdp_inference and branches % config.cfg_degree:
         reason = f"{branches} guidance branches on cfg({config.cfg_degree}) groups are unequal numbers of forwards, "
         raise InvalidInput("use_fsdp_inference", f"{reason}and every forward gathers weights from all ranks")

@@ -34,7 +34,12 @@ class EncoderShape(msgspec.Struct, frozen=True):
     @property
     def divides(self) -> int:
         """Degrees that split it are the divisors of this."""
-        return gcd(gcd(self.heads, self.kv_heads), self.ffn)
+        return gcd(*self.split_sizes.values())
+
+    @property
+    def split_sizes(self) -> dict[str, int]:
+        """What is split, by name."""
+        return {"heads": self.heads, "key and value heads": self.kv_heads, "hidden units": self.ffn}
 
     @property
     def weights(self) -> int:
@@ -77,8 +82,11 @@ def resolve_tp(wanted: int | None, configs: Configs, sp: int, machine: Machine) 
         if wanted > 1 and not shapes:
             raise InvalidInput("tp_size", "no text encoder of this model can be split; take 1")
         if wanted not in valid:
-            heads = ", ".join(f"{shape.heads} heads of {shape.name}" for shape in shapes)
-            raise InvalidInput("tp_size", f"{wanted} does not divide sp({sp}) and the {heads}; take one of {valid}")
+            sizes = {f"sp({sp})": sp}
+            for shape in shapes:
+                sizes |= {f"the {size} {what} of {shape.name}": size for what, size in shape.split_sizes.items()}
+            undivided = ", ".join(name for name, size in sizes.items() if wanted < 1 or size % wanted)
+            raise InvalidInput("tp_size", f"{wanted} does not divide {undivided}; take one of {valid}")
         return wanted, f"tp_size {wanted} as it was set"
     if not shapes:
         return 1, "no text encoder that can be split"

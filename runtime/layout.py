@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import product
 from typing import Literal, Protocol
 
 import msgspec
@@ -58,12 +59,10 @@ class Layout(msgspec.Struct, frozen=True, array_like=True):
 
     def group(self, axis: Axis, rank: int) -> tuple[int, ...]:
         """The ranks, in order, that `rank` shares its group along an axis with; itself among them."""
-        mine, varying = self.coordinates(rank), VARYING[axis]
-
-        def together(other: int) -> bool:
-            return all(v or a == b for v, a, b in zip(varying, mine, self.coordinates(other), strict=True))
-
-        return tuple(other for other in range(self.num_ranks) if together(other))
+        strides, degrees = (self.sp, self.ulysses, 1), (self.cfg, self.ring, self.ulysses)
+        along = zip(self.coordinates(rank), VARYING[axis], degrees, strict=True)
+        places = product(*(range(degree) if varies else (mine,) for mine, varies, degree in along))
+        return tuple(sum(at * stride for at, stride in zip(place, strides, strict=True)) for place in places)
 
     def __str__(self) -> str:
         return f"cfg({self.cfg}) * ring({self.ring}) * ulysses({self.ulysses}) = {self.num_ranks} ranks"
@@ -76,21 +75,23 @@ def derive_layout(
     ulysses_degree: int | None = None,
     ring_degree: int | None = None,
     cfg_degree: int = 1,
+    cfg_setting: str = "enable_cfg_parallel",
     heads: int | None = None,
 ) -> Layout:
     """The layout with unset degrees filled in; whatever SP is left over goes to Ulysses, then to ring.
 
-    With `heads` of the model, Ulysses gets the largest degree that divides them, and ring the rest.
+    With `heads` of the model, Ulysses gets the largest degree that divides them, and ring the rest. `cfg_setting` is
+    the name that a refusal of the guidance groups bears.
 
     Raises:
         InvalidInput: a degree is not positive, or the degrees do not multiply to the ranks; states the equation.
     """
     degrees = {"sp_degree": sp_degree, "ulysses_degree": ulysses_degree, "ring_degree": ring_degree}
-    for name, value in {"num_gpus": num_ranks, "enable_cfg_parallel": cfg_degree, **degrees}.items():
+    for name, value in {"num_gpus": num_ranks, cfg_setting: cfg_degree, **degrees}.items():
         if value is not None and value < 1:
             raise InvalidInput(name, f"{value} is not a degree; it must be 1 or more")
     if num_ranks % cfg_degree:
-        raise InvalidInput("enable_cfg_parallel", f"cfg({cfg_degree}) does not divide {num_ranks} ranks (num_gpus)")
+        raise InvalidInput(cfg_setting, f"cfg({cfg_degree}) does not divide {num_ranks} ranks (num_gpus)")
     sp = sp_degree if sp_degree is not None else num_ranks // cfg_degree
     ulysses, ring = _split_sp(sp, ulysses_degree, ring_degree, heads)
     if sp_degree is not None and sp_degree != ring * ulysses:
@@ -140,11 +141,15 @@ def share_sizes(total: int, size: int) -> list[int]:
     return [total // size + (rank < total % size) for rank in range(size)]
 
 
+MOST_LINES = 64
+"""Ranks that are described one by one."""
+
+
 def describe_layout(layout: Layout, card: Heads) -> tuple[str, ...]:
-    """The equation, then a line per rank on what it holds."""
+    """The equation, then a line for each of the first ranks on what it holds."""
     heads = share_sizes(card.heads, layout.ulysses)
     lines = [f"layout {layout}"]
-    for rank in range(layout.num_ranks):
+    for rank in range(min(layout.num_ranks, MOST_LINES)):
         branch, ring, ulysses = layout.coordinates(rank)
         first = sum(heads[:ulysses])
         holds = [f"guidance group {branch + 1} of {layout.cfg}"] if layout.cfg > 1 else []
@@ -152,7 +157,10 @@ def describe_layout(layout: Layout, card: Heads) -> tuple[str, ...]:
         if layout.ulysses > 1:
             holds.append(f"attention heads {first}-{first + heads[ulysses] - 1} of {card.heads}")
         if layout.ring > 1:
-            holds.append(f"keys and values go round {layout.group('ring', rank)}")
+            around = layout.group("ring", rank)
+            holds.append(f"keys and values go on to rank {around[(ring + 1) % layout.ring]}")
         lines.append(f"  rank {rank}: {', '.join(holds)}")
+    if layout.num_ranks > MOST_LINES:
+        lines.append(f"  ranks {MOST_LINES} to {layout.num_ranks - 1}: likewise")
     spare = layouts_of(layout, card)[1:]
     return (*lines, *(f"  with fewer guidance branches: {other}" for other in spare))

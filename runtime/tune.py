@@ -101,6 +101,11 @@ class Tuner:
         predictions = [self.predict(candidate, params) for candidate in self.candidates(params, num_ranks)]
         return sorted(predictions, key=lambda p: (not p.fits, p.seconds, p.traffic.total, p.memory))
 
+    def unshared(self, params: ResolvedParams, num_ranks: int) -> str:
+        """Why there is no candidate."""
+        work = work_of(self.card, self.configs, params)
+        return f"{num_ranks} ranks cannot share {work.tokens} tokens and {work.heads} heads without one that idles"
+
     def candidates(self, params: ResolvedParams, num_ranks: int) -> Iterator[Candidate]:
         work = work_of(self.card, self.configs, params)
         for layout in layouts(num_ranks, work):
@@ -244,10 +249,7 @@ def crossovers(tuner: Tuner, shapes: Sequence[ResolvedParams], params: ResolvedP
     """Where another choice would win: ring against Ulysses by tokens, FSDP by a rank's memory."""
     lines = []
     if num_ranks > 1:
-        at = crossover(tuner, shapes, num_ranks, lambda x: x.ring > 1, lambda x: x.ring == 1)
-        lines.append(
-            f"layouts with ring beat those without {_from(at, f'nowhere up to {tuner.card.tokens(shapes[-1])} tokens')}"
-        )
+        lines.append(f"layouts with ring {_against_the_others(tuner, shapes, num_ranks)}")
         whole, shared = (
             min(tuner.memory(c, params) for c in tuner.candidates(params, num_ranks) if c.fsdp == fsdp) / (1 - RESERVE)
             for fsdp in (False, True)
@@ -255,17 +257,26 @@ def crossovers(tuner: Tuner, shapes: Sequence[ResolvedParams], params: ResolvedP
         lines.append(
             f"FSDP becomes necessary on ranks of less than {gib(whole)}, and fits down to {gib(shared)}; "
             f"here a rank has {gib(tuner.machine.memory)}"
+            if shared < whole
+            else f"FSDP saves no memory here: {gib(shared)} instead of {gib(whole)} on a rank, for blocks on their way"
         )
     return lines
+
+
+def _against_the_others(tuner: Tuner, shapes: Sequence[ResolvedParams], num_ranks: int) -> str:
+    """From which tokens on ring wins, if it is a matter of tokens at all."""
+    rings = {c.layout.ring > 1 for shape in shapes for c in tuner.candidates(shape, num_ranks)}
+    if rings == {True}:
+        return f"are the only ones for {num_ranks} ranks and these heads"
+    at = crossover(tuner, shapes, num_ranks, lambda x: x.ring > 1, lambda x: x.ring == 1)
+    if at is None:
+        return f"beat those without nowhere up to {tuner.card.tokens(shapes[-1])} tokens"
+    tokens, params = at
+    return (
+        f"beat those without from about {tokens} tokens on ({params.width}x{params.height}, {params.num_frames} frames)"
+    )
 
 
 def gib(num_bytes: float) -> str:
     """In the unit that shows something."""
     return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= 0.1 * GIB else f"{num_bytes / 2**20:.1f} MiB"
-
-
-def _from(at: tuple[int, ResolvedParams] | None, nowhere: str) -> str:
-    if at is None:
-        return nowhere
-    tokens, params = at
-    return f"from about {tokens} tokens on ({params.width}x{params.height}, {params.num_frames} frames)"

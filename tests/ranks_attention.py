@@ -177,7 +177,6 @@ def collectives(groups):
     """Reductions and a transfer that is under way while something else is computed."""
     sp = groups.sp
     assert sp.all_reduce(torch.tensor([1.0 + sp.rank])).item() == sp.size * (sp.size + 1) / 2
-    assert sp.all_reduce(torch.tensor([sp.rank]), "max").item() == sp.size - 1
     mine = torch.full((1 << 18,), float(sp.rank))
     coming = sp.start_exchange(mine, mine.shape)
     mine.new_ones(256, 256).matmul(mine.new_ones(256, 256))

@@ -177,6 +177,13 @@ def test_what_no_layout_can_do_is_left_to_its_own_refusal():
     assert chosen(tuner("wan"), num_gpus=2, tp_size=3) == (Config(num_gpus=2, tp_size=3), ())
 
 
+def test_more_ranks_than_anything_to_share_are_told_of():
+    on = Tuner(card_for(read_configs(DEMO)), read_configs(DEMO), Weights(1, 1, 1, 1, 1), load_machine("cpu-gloo"))
+    config, (warning,) = chosen(on, num_gpus=97)
+    assert config == Config(num_gpus=97)
+    assert warning.startswith("warning: no layout chosen for 64x64, 17 frames: 97 ranks cannot share 80 tokens")
+
+
 # ---- what was asked for ------------------------------------------------------------------------------------------
 
 
@@ -255,7 +262,7 @@ def test_weights_that_are_none_are_refused_by_name(tmp_path, content):
     (tmp_path / "transformer").mkdir()
     (tmp_path / "transformer" / "model.safetensors").write_bytes(content)
     with pytest.raises(InvalidInput, match=r"model\.safetensors cannot be read as safetensors") as caught:
-        read_weights(tmp_path, 4)
+        read_weights(tmp_path, 4, {})
     assert caught.value.field == "model_path"
 
 

@@ -102,9 +102,15 @@ def test_a_large_encoder_is_shared_where_the_links_are_fast_and_the_prompt_is_lo
 def test_by_hand_it_must_divide_the_heads_and_the_sp_degree():
     machine = load_machine("cpu-gloo")
     assert resolve_tp(2, {"text_encoder": UMT5_XXL}, 4, machine) == (2, "tp_size 2 as it was set")
-    with pytest.raises(InvalidInput, match=r"8 does not divide sp\(8\) and the 28 heads.*one of \[1, 2, 4\]") as error:
-        resolve_tp(8, {"text_encoder": QWEN_7B}, 8, machine)
-    assert error.value.field == "tp_size"
+    for degree, sp, reason in (
+        (8, 8, "the 28 heads of text_encoder, the 4 key and value heads of text_encoder; take one of [1, 2, 4]"),
+        # It divides all but the one that is easily overlooked.
+        (7, 7, "the 4 key and value heads of text_encoder, the 18944 hidden units of text_encoder; take one of [1]"),
+        (4, 6, "sp(6); take one of [1, 2]"),
+    ):
+        with pytest.raises(InvalidInput) as error:
+            resolve_tp(degree, {"text_encoder": QWEN_7B}, sp, machine)
+        assert str(error.value) == f"tp_size: {degree} does not divide {reason}"
     with pytest.raises(InvalidInput, match=r"take one of \[1, 2\]"):
         resolve_tp(4, {"text_encoder": UMT5_XXL}, 2, machine)
     with pytest.raises(InvalidInput, match="no text encoder"):

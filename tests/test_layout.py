@@ -168,7 +168,10 @@ def test_the_printed_layout_says_what_each_rank_holds():
     lines = describe_layout(Layout(2, 2, 2), Model(5))
     assert lines[0] == "layout cfg(2) * ring(2) * ulysses(2) = 8 ranks"
     assert lines[8] == (
-        "  rank 7: guidance group 2 of 2, tokens 4/4, attention heads 3-4 of 5, keys and values go round (5, 7)"
+        "  rank 7: guidance group 2 of 2, tokens 4/4, attention heads 3-4 of 5, keys and values go on to rank 5"
     )
     assert lines[9:] == ("  with fewer guidance branches: cfg(1) * ring(4) * ulysses(2) = 8 ranks",)
+    *most, rest = describe_layout(Layout(1, 50_000, 1), Model(5))
+    assert len(most) == 65, "a line per rank is for people"
+    assert rest == "  ranks 64 to 49999: likewise"
     assert describe_layout(Layout(), Model(4)) == (f"layout {Layout()}", "  rank 0: all tokens")

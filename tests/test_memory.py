@@ -17,6 +17,8 @@ from tiny_flux import build_tiny_flux
 from tiny_qwen_image import build_tiny_qwen_image
 from tiny_wan import build_tiny_wan
 
+from launch.sizes import tuner_for
+from runtime.config import Config, VaeConfig
 from runtime.memory import MemoryLedger
 from runtime.models.card import card_for
 from runtime.protocol import Completed, Decode, Request
@@ -239,6 +241,18 @@ def test_the_real_size_of_wan_at_480p_is_gigabytes():
     card = replace(card_for(_configs()), vae_base_dim=96, vae_patch=1)
     params = CARD.check(SamplingParams(prompt="a cat", height=480, width=832, num_frames=81))
     assert 1 << 30 < card.state_bytes(params, "decode") < 16 << 30
+
+
+@pytest.mark.parametrize("build", [build_tiny_wan, build_tiny_flux, build_tiny_qwen_image])
+def test_sizes_by_the_files_are_those_of_the_weights_that_a_rank_holds(build, tmp_path):
+    rank = SingleRank(build(tmp_path / "model"), tmp_path / "spool")
+    tuner = tuner_for(Config(device="cpu", dit_precision="fp32"), tmp_path / "model", rank.card)
+    modules = {name: part for name, part in vars(rank.family).items() if isinstance(part, torch.nn.Module)}
+    held = {name: sum(p.numel() * 4 for p in module.parameters()) for name, module in modules.items()}
+    assert (held.pop("denoiser"), held.pop("vae")) == (tuner.weights.denoiser, tuner.weights.vae)
+    assert sum(held.values()) == tuner.weights.encoders
+    whole = tuner_for(Config(device="cpu", vae_config=VaeConfig(load_encoder=True)), tmp_path / "model", rank.card)
+    assert whole.weights.vae > tuner.weights.vae
 
 
 @pytest.mark.parametrize(

@@ -8,13 +8,16 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from tiny_flux import build_tiny_flux
 from tiny_wan import DEMO
 
 from bench import parallel
 from launch.cli import main
 from launch.options import take_in
 from launch.sizes import read_weights
+from launch.tune import write_profile
 from runtime import traffic
+from runtime.config import Config
 from runtime.errors import InvalidInput, StartFailed
 from runtime.layout import Layout
 from runtime.machine import Machine, load_machine
@@ -63,14 +66,14 @@ def write_header(file, shapes):
 def tuner(folder, machine):
     configs = read_configs(folder)
     constants = load_machine(machine) if isinstance(machine, str) else machine
-    return Tuner(card_for(configs), configs, read_weights(folder, constants.element), constants)
+    return Tuner(card_for(configs), configs, read_weights(folder, constants.element, {}), constants)
 
 
 # ---- bytes -------------------------------------------------------------------------------------------------------
 
 
 def test_sizes_are_read_from_headers(folder):
-    weights = read_weights(folder, 2)
+    weights = read_weights(folder, 2, {})
     assert weights.blocks == 40
     block = 2 * (8 * 5120**2 + 2 * 13824 * 5120)
     assert weights.denoiser == 40 * block
@@ -200,6 +203,18 @@ def test_the_crossover_is_where_the_predictions_cross(folder):
     assert "FSDP becomes necessary on ranks of less than" in lines[1]
 
 
+def test_no_crossover_is_told_where_there_is_none():
+    demo = tuner(DEMO, "cpu-gloo")
+    shape = demo.card.check(SamplingParams(prompt="a"))
+    # Seven ranks share four heads in no way.
+    only, _ = crossovers(demo, [shape], shape, 7)
+    assert only == "layouts with ring are the only ones for 7 ranks and these heads"
+    # A block on its way with its buffer is more than half of a model of two blocks.
+    small = Tuner(demo.card, demo.configs, Weights(10e6, 8e6, 2, 0, 0), demo.machine)
+    _, useless = crossovers(small, [shape], shape, 2)
+    assert useless.startswith("FSDP saves no memory here: ")
+
+
 def test_weights_that_are_read_bound_a_small_step(folder):
     """One small picture: the step takes as long as reading the weights once, whatever the FLOPs."""
     on = tuner(folder, "h100-nvlink")
@@ -277,12 +292,39 @@ def test_serve_takes_the_profile_and_what_is_said_by_hand_wins(tuned, folder):
     assert notes == [f"note: model_path: demo by hand wins over {folder} of the profile"]
 
 
-def test_half_a_layout_is_not_taken(tuned):
-    chosen, notes = settings("--profile-file", str(tuned), environ={"FRAMEMESH_NUM_GPUS": "4"})
+@pytest.fixture
+def edited(tuned):
+    """A function that changes flags in the profile."""
+
+    def edit(**flags):
+        profile = json.loads(tuned.read_text())
+        tuned.write_text(json.dumps(profile | {"flags": profile["flags"] | flags}))
+        return str(tuned)
+
+    return edit
+
+
+def test_half_a_layout_is_not_taken(edited):
+    profile = edited(use_fsdp_inference=True)
+    chosen, notes = settings("--profile-file", profile, environ={"FRAMEMESH_NUM_GPUS": "4"})
     assert chosen["num_gpus"] == "4"
-    assert "ulysses_degree" not in chosen
+    assert not {"ulysses_degree", "use_fsdp_inference"} & chosen.keys()
     assert notes[0] == "note: num_gpus: 4 by hand wins over 8 of the profile"
-    assert "belong to its own layout and are left out" in notes[1]
+    assert "ulysses_degree, use_fsdp_inference of the profile belong to its own layout and are left out" in notes[1]
+
+
+def test_weights_may_be_sharded_in_the_layout_of_a_profile(tuned):
+    chosen, notes = settings("--profile-file", str(tuned), "--use-fsdp-inference")
+    assert (chosen["ulysses_degree"], notes) == ("4", [])
+
+
+def test_a_revision_goes_with_its_model(edited):
+    profile = edited(model_path="someone/else", revision="v2")
+    chosen, notes = settings("--profile-file", profile)
+    assert (chosen["model_path"], chosen["revision"], notes) == ("someone/else", "v2", [])
+    chosen, (_, left_out) = settings("--profile-file", profile, "--model-path", "demo")
+    assert "revision" not in chosen
+    assert left_out == "note: revision of the profile belong to its own model and are left out"
 
 
 def test_a_profile_starts_a_server_with_its_layout(tmp_path, monkeypatch, capsys):
@@ -362,9 +404,39 @@ def test_the_only_layout_that_runs_wins(tmp_path, monkeypatch, capsys):
     file = tmp_path / "profile.json"
     words = ["tune", "--num-gpus", "2", "--machine", "cpu-gloo", "--profile-file", str(file)]
     assert main(words) == 0
-    assert f"{tried[1]} wins by measurement with 0.5 s per step" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert f"measured: {tried[1]} wins with 0.5 s per step\n" in out
+    assert f"predicted: {tried[0]} wins with " in out
     rows = json.loads(file.read_text())["layouts"]
     assert [row["layout"] for row in rows if row["measured_s"] is not None] == [str(tried[1])]
+
+
+def test_the_measured_winner_is_told_with_what_was_measured(tmp_path, monkeypatch, capsys):
+    """Also where it is the predicted one: seconds on paper beside a measured table would contradict it."""
+    times = iter([0.5, 0.7])
+    monkeypatch.setattr("launch.tune._seconds_per_step", lambda *_: next(times))
+    file = tmp_path / "profile.json"
+    words = ["tune", "--num-gpus", "2", "--machine", "cpu-gloo", "--measure", "2", "--profile-file", str(file)]
+    assert main(words) == 0
+    first, second = (row["layout"] for row in json.loads(file.read_text())["layouts"] if row["measured_s"] is not None)
+    assert f"measured: {first} wins with 0.5 s per step; {second} takes 40.0% longer\n" in capsys.readouterr().out
+
+
+def test_a_profile_names_the_revision_that_was_tuned(tmp_path):
+    file, demo = tmp_path / "p.json", tuner(DEMO, "cpu-gloo")
+    config, params = Config(model_path="a/b", revision="v2", num_gpus=2), demo.card.check(SamplingParams(prompt="a"))
+    ranked = demo.rank(params, 2)
+    write_profile(file, config, params, demo, ranked, {}, ranked[0])
+    assert json.loads(file.read_text())["flags"].items() >= {"model_path": "a/b", "revision": "v2"}.items()
+
+
+def test_an_image_model_is_tuned_with_and_without_its_guidance_branches(tmp_path, capsys):
+    folder, file = build_tiny_flux(tmp_path / "flux"), tmp_path / "p.json"
+    words = ["tune", "--model-path", str(folder), "--num-gpus", "2", "--dry-run", "--machine", "h100-nvlink"]
+    for scale, branches in (("4", 2), ("1", 1)):
+        assert main([*words, "--true-cfg-scale", scale, "--profile-file", str(file)]) == 0
+        layouts = {row["layout"] for row in json.loads(file.read_text())["layouts"]}
+        assert ("cfg2" in layouts) == (branches == 2)
 
 
 @pytest.mark.slow

@@ -6,7 +6,7 @@ A card is built from the folder's JSON configs alone; gateway, CLI, scheduler an
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -53,6 +53,11 @@ class Card(Protocol):
     @property
     def heads(self) -> int:
         """Attention heads of the denoiser: what Ulysses splits."""
+        ...
+
+    @property
+    def unused(self) -> Mapping[str, tuple[str, ...]]:
+        """Component -> its submodules that nobody calls on the way from text to pixels, which no rank holds."""
         ...
 
     def check(self, params: SamplingParams) -> ResolvedParams:

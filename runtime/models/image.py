@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import secrets
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from runtime.bounds import MAX_PROMPT_CHARS
 from runtime.errors import InvalidInput
@@ -45,6 +45,7 @@ class ImageCard:
     decode_streams: str = "in one piece"
     decodes_in_strips: bool = True
     max_input_images: int = 0
+    unused: ClassVar[dict[str, tuple[str, ...]]] = {"vae": ("encoder", "quant_conv")}
 
     def check(self, params: SamplingParams) -> ResolvedParams:
         if not params.prompt.strip():

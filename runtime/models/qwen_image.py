@@ -6,7 +6,7 @@ Qwen-Image Technical Report (arXiv 2508.02324), as `diffusers.QwenImagePipeline`
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 from runtime.errors import InvalidInput
 from runtime.models.image import ImageCard
@@ -42,6 +42,11 @@ class QwenImageCard(ImageCard):
     pipeline_class: str = "QwenImagePipeline"
     text_tokens: int = TEXT_TOKENS
     most_text_tokens: int = MAX_TEXT_TOKENS
+    unused: ClassVar[dict[str, tuple[str, ...]]] = {
+        **ImageCard.unused,
+        # A text-only prompt needs neither the eyes nor the words that would come next.
+        "text_encoder": ("model.visual", "lm_head"),
+    }
 
     @staticmethod
     def from_configs(configs: dict[str, dict[str, Any]]) -> QwenImageCard:

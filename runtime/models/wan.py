@@ -9,7 +9,7 @@ import html
 import re
 import secrets
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import ftfy
 
@@ -56,6 +56,7 @@ class WanCard:
     decode_streams: str = "per latent frame"
     decodes_in_strips: bool = True
     max_input_images: int = 0
+    unused: ClassVar[dict[str, tuple[str, ...]]] = {"vae": ("encoder", "quant_conv")}
 
     @staticmethod
     def from_configs(configs: dict[str, dict[str, Any]]) -> WanCard:

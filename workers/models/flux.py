@@ -29,8 +29,6 @@ from workers.parallel.sequence import SequencePlan, Split
 from workers.parallel.vae import StripParallel
 from workers.state import RequestState
 
-PROMPTS = {"cond": "prompt", "uncond": "negative_prompt"}
-"""Guidance branch -> the request's text for it."""
 POOLED = "/pooled"
 """Behind a branch's name: its pooled embedding."""
 
@@ -119,10 +117,7 @@ class FluxFamily:
         clip = loader.whole(CLIPTextModel, folder / "text_encoder", dtypes["text_encoder"])
         t5 = loader.text_encoder(T5EncoderModel, folder / "text_encoder_2", dtypes["text_encoder_2"])
         denoiser = loader.denoiser(FluxTransformer2DModel, folder / "transformer", dtypes["dit"])
-        vae = loader.whole(AutoencoderKL, folder / "vae", dtypes["vae"])
-        if not config.vae_config.load_encoder:
-            # Text-to-image never encodes pixels.
-            vae.encoder = vae.quant_conv = None
+        vae = loader.vae(AutoencoderKL, folder / "vae", dtypes["vae"], config.vae_config.load_encoder)
         if config.vae_tiling:
             tile(vae, config.vae_config)
         tokenizers = {"text_encoder": "tokenizer", "text_encoder_2": "tokenizer_2"}

@@ -46,6 +46,14 @@ class Loader:
         """A diffusers or transformers module with all its weights on the device."""
         return cls.from_pretrained(folder, dtype=dtype, use_safetensors=True).to(self.device).eval()
 
+    def vae(self, cls: Any, folder: Path, dtype: torch.dtype, with_encoder: bool | None) -> Any:
+        """An autoencoder; unset, without the half that nobody calls on the way from text to pixels."""
+        vae = self.whole(cls, folder, dtype)
+        if not with_encoder:
+            # A module without layers: some go through the encoder's too when they empty their caches.
+            vae.encoder, vae.quant_conv = nn.Module(), None
+        return vae
+
     def denoiser(self, cls: Any, folder: Path, dtype: torch.dtype) -> Any:
         return self.whole(cls, folder, dtype) if self.mesh is None else self._sharded(cls, folder, dtype, "", ())
 

@@ -29,8 +29,6 @@ from workers.parallel.sequence import SequencePlan, Split
 from workers.parallel.vae import StripParallel
 from workers.state import RequestState
 
-PROMPTS = {"cond": "prompt", "uncond": "negative_prompt"}
-"""Guidance branch -> the request's text for it."""
 MAX_IDS = TEMPLATE_TOKENS + MAX_TEXT_TOKENS
 """The pipeline embeds more and cuts afterwards; its encoder is causal, so that what is cut changes nothing before."""
 
@@ -139,11 +137,10 @@ class QwenImageFamily:
             folder / "text_encoder",
             dtypes["text_encoder"],
             used="model",
-            # A text-only prompt needs neither the eyes nor the words that would come next.
-            unused=("model.visual", "lm_head"),
+            unused=card.unused["text_encoder"],
         )
         denoiser = loader.denoiser(QwenImageTransformer2DModel, folder / "transformer", dtypes["dit"])
-        vae = loader.whole(AutoencoderKLQwenImage, folder / "vae", dtypes["vae"])
+        vae = loader.vae(AutoencoderKLQwenImage, folder / "vae", dtypes["vae"], config.vae_config.load_encoder)
         if config.vae_tiling:
             vae.enable_tiling(config.vae_config.tile_sample_min_height, config.vae_config.tile_sample_min_width)
         return QwenImageFamily(

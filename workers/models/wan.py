@@ -171,13 +171,10 @@ class WanFamily:
     def load(folder: Path, card: Card, config: Config, loader: Loader, dtypes: dict[str, torch.dtype]) -> WanFamily:
         text_encoder = loader.text_encoder(UMT5EncoderModel, folder / "text_encoder", dtypes["text_encoder"])
         denoiser = loader.denoiser(WanTransformer3DModel, folder / "transformer", dtypes["dit"])
-        vae = loader.whole(AutoencoderKLWan, folder / "vae", dtypes["vae"])
+        vae = loader.vae(AutoencoderKLWan, folder / "vae", dtypes["vae"], config.vae_config.load_encoder)
         text = FoldedText()
         for block in denoiser.blocks:
             block.attn2.set_processor(TextAttention(text))
-        if not config.vae_config.load_encoder:
-            # Text-to-video never encodes pixels.
-            vae.encoder = vae.quant_conv = None
         if config.vae_tiling:
             vae.enable_tiling(config.vae_config.tile_sample_min_height, config.vae_config.tile_sample_min_width)
         return WanFamily(

@@ -123,14 +123,14 @@ class Group:
 
         return Pending((work,), whole, outgoing)
 
-    def all_reduce(self, x: torch.Tensor, op: Literal["sum", "max"] = "sum") -> torch.Tensor:
-        """x, the same shape everywhere -> its sum or maximum over the members; x itself stays as it is."""
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """x, the same shape everywhere -> its sum over the members; x itself stays as it is."""
         if self.size == 1:
             return x
         total = self._outgoing(x).clone()
-        self._count("all_reduce", x, x.numel())
-        reduction = dist.ReduceOp.SUM if op == "sum" else dist.ReduceOp.MAX
-        dist.all_reduce(total, reduction, group=self.process_group)
+        # As a ring does it: a reduce-scatter, then an all-gather.
+        self._count("all_reduce", x, 2 * x.numel() * (self.size - 1) // self.size)
+        dist.all_reduce(total, group=self.process_group)
         return self._arrived(total, x)
 
     def _start(self, kind: str, x: torch.Tensor, send: list[int], receive: list[int], shape: Sequence[int]) -> Pending:
