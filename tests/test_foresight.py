@@ -141,28 +141,33 @@ OTHERS = (
 )
 
 
-def made(rank, sender, prompt, seed):
-    """(what draws the last preview of a video, its middle frame); the rank has learnt from it."""
+def made(rank, sender, prompt, seed, times=1):
+    """(what draws the last preview of a video, its middle frame); the rank has learnt from it so many times."""
     wanted = {"height": 64, "width": 64, "num_frames": 17, "num_inference_steps": 20, "guidance_scale": 3.0}
     request = rank.request("demo", prompt=prompt, seed=seed, **wanted)
     denoise(rank, request, 5)
     assert sender.headers[-1].step == 17, "in the last third"
     state, draw = rank.executor.states.pop(request.id), sender.draws[-1]
     chunks = list(rank.family.decode(state))
-    for chunk, frames in enumerate(chunks):
+    for chunk, frames in times * list(enumerate(chunks)):
         rank.executor.previews.learn(state, chunk, frames)
     return draw, torch.cat(chunks)[8].numpy()
 
 
 def test_late_previews_look_like_the_video(tmp_path):
-    """The demo model: the colours of the warm-up are rough, with those of four videos they fit four others."""
+    """The demo model: the colours of the warm-up are rough, with those of four videos they fit four others.
+
+    Twenty times the same colours unlearn no other ones.
+    """
     rank, sender = a_rank(MODEL_FOLDER, tmp_path)
     previews, few = rank.executor.previews, rank.request(num_frames=9, height=64, width=64).params
     previews.warm_up(few)
     rough = copy.deepcopy(previews.colours)
     for seed, prompt in enumerate(PROMPTS):
         made(rank, sender, prompt, seed)
-    taught, previews.learn = previews.colours, lambda *_: None
+    taught, previews.colours = previews.colours, copy.deepcopy(rough)
+    made(rank, sender, PROMPTS[0], 0, times=20)
+    monotonous, previews.learn = previews.colours, lambda *_: None
     videos = [made(rank, sender, prompt, seed) for seed, prompt in enumerate(OTHERS, 4)]
 
     def likeness(colours):
@@ -171,6 +176,7 @@ def test_late_previews_look_like_the_video(tmp_path):
 
     assert likeness(taught) > 0.8
     assert likeness(taught) > likeness(rough) > 0.6, likeness(rough)
+    assert likeness(monotonous) > 0.6, likeness(monotonous)
 
 
 # ---- colours -----------------------------------------------------------------------------------------------------

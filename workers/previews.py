@@ -1,7 +1,8 @@
 """Pictures of requests that are not finished, and the colours that latents stand for. Knows no sockets.
 
 The colour of a latent pixel is taken to be linear in its channels. The map is fitted to what this VAE decodes: at
-warm-up to smooth random latents, later to finished requests, the latest most. It belongs to the VAE and to no request.
+warm-up to smooth random latents, which are never forgotten: twenty videos of one colour say nothing of the others.
+Later to finished requests, the latest most. It belongs to the VAE and to no request.
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ from workers.models.family import Family
 from workers.state import RequestState
 
 KEPT = 0.95
-"""What a sample leaves of the weight of all samples before it: the map is that of about the latest twenty requests."""
+"""What a request leaves of the weight of all requests before it: together they never weigh more than twenty."""
+FIRST = 3.0
+"""What the sample of the warm-up weighs, for ever."""
 RIDGE = 1e-3
 """Holds down channels that never varied; latents have a variance of about 1."""
 SMOOTH = 4
@@ -40,8 +43,9 @@ class LatentColours:
 
     def __init__(self) -> None:
         self.samples = 0
-        self._gram: NDArray[np.float64] | None = None
-        self._moments: NDArray[np.float64] | None = None
+        self._first: NDArray[np.float64] | None = None
+        """Normal equations, (n, n + 3), of the first sample; `_latest` has those of all others."""
+        self._latest: NDArray[np.float64] | float = 0.0
         self._weights: NDArray[Any] | None = None
 
     def learn(self, latents: NDArray[np.float32], frame: NDArray[np.uint8]) -> None:
@@ -49,10 +53,12 @@ class LatentColours:
         if not np.isfinite(latents).all():
             return
         inputs, colours = _with_bias(latents), _shrunk(frame, *latents.shape[1:]).reshape(-1, 3)
-        gram, moments = inputs.T @ inputs / len(inputs), inputs.T @ colours / len(inputs)
-        if self._gram is not None and self._moments is not None:
-            gram, moments = KEPT * self._gram + gram, KEPT * self._moments + moments
-        self._gram, self._moments = gram, moments
+        equations = inputs.T @ np.hstack([inputs, colours]) / len(inputs)
+        if self._first is None:
+            self._first = FIRST * equations
+        else:
+            self._latest = KEPT * self._latest + equations
+        gram, moments = np.hsplit(self._first + self._latest, [len(equations)])
         self._weights = np.linalg.solve(gram + RIDGE * np.eye(len(gram)), moments)
         self.samples += 1
 
