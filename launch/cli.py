@@ -16,7 +16,7 @@ import msgspec
 from cyclopts import App, CycloptsError, Parameter
 
 from launch.options import Output, take_in
-from launch.tryout import try_folder, try_port
+from launch.tryout import try_folder, try_port, try_services, try_transport
 from runtime.batchrules import rules_of
 from runtime.config import DEMO_MODEL, Config, check_config, describe_mesh
 from runtime.errors import FramemeshError, InvalidInput
@@ -134,8 +134,8 @@ def serve(
 
 def mesh(*, config: ConfigFlags = NO_CONFIG, config_file: ConfigFile = None, dry_run: DryRun = False) -> int:
     """Run a mesh without an HTTP server, for `framemesh gateway`; a signal drains it, a second one stops it at once."""
-    _use_keys(config.curve_dir)
     if config.bind is not None:
+        _use_keys(config.curve_dir)
         _check_endpoint("bind", config.bind)
     ready = prepare(config)
     if dry_run:
@@ -157,6 +157,7 @@ def gateway(*, config: ConfigFlags = NO_CONFIG, config_file: ConfigFile = None) 
             raise InvalidInput("frames_bind", f"{scheduler} is on another host; {advice}")
     if config.frames_bind is not None:
         _check_endpoint("frames_bind", config.frames_bind)
+    try_services(config)
     _check_keys_file(config)
     try_folder(Path(config.output_path))
     try_port(config.host, config.port)
@@ -439,9 +440,12 @@ def prepare(
     check_config(config)
     rules_of(config)
     _check_output(output)
+    _use_keys(config.curve_dir)
     try_folder(Path(config.output_path))
+    try_transport(config)
     if http:
         try_port(config.host, config.port)
+        try_services(config)
         _check_keys_file(config)
     folder, card = _card_of(config.model_path, config.revision)
     config, why = settle_layout(config, folder, card)

@@ -33,7 +33,8 @@ from launch.devices import cgroup, memory_limit, pick_devices, visible_gpus
 from launch.observe import FOLDER_PREFIX, is_abandoned, read_mesh_file, run_folders
 from launch.process import HOME
 from launch.sizes import settle_layout
-from launch.tryout import try_folder, try_port
+from launch.tryout import try_folder, try_port, try_services, try_transport
+from launch.weights import check_model_id
 from runtime.batchrules import rules_of
 from runtime.config import DEMO_MODEL, Config, check_config
 from runtime.errors import InvalidInput
@@ -92,6 +93,8 @@ def check_settings(config: Config) -> Iterator[Finding]:
     try:
         check_config(config)
         rules_of(config)
+        if _local_model(config.model_path) is None:
+            check_model_id(config.model_path)
         layout = _layout(config)
     except InvalidInput as error:
         yield Finding("settings", "error", str(error), "change the setting")
@@ -124,9 +127,10 @@ def check_versions(config: Config) -> Iterator[Finding]:
 
 def check_accelerators(config: Config) -> Iterator[Finding]:
     try:
-        chosen = pick_devices(config.num_gpus, config.device)
+        chosen = pick_devices(config.num_gpus, config.device, share=config.dist_backend == "staged")
+        try_transport(config)
     except InvalidInput as error:
-        yield Finding("accelerators", "error", error.message, "check nvidia-smi and CUDA_VISIBLE_DEVICES")
+        yield Finding("accelerators", "error", str(error), "check nvidia-smi and CUDA_VISIBLE_DEVICES")
         return
     gpus = visible_gpus()
     for gpu in gpus:
@@ -189,6 +193,18 @@ def check_port(config: Config) -> Iterator[Finding]:
         yield Finding("port", "error", error.message, "take another --port or --host, or end who holds it: ss -ltnp")
     else:
         yield Finding("port", "ok", f"{config.host}:{config.port} is free" if config.port else "any free one")
+
+
+def check_services(config: Config) -> Iterator[Finding]:
+    """Files and packages that the gateway will want."""
+    try:
+        try_services(config)
+    except InvalidInput as error:
+        yield Finding("services", "error", str(error), "correct the path, or install what is missing")
+        return
+    jobs = "SQLite" if config.database_url is None else "PostgreSQL"
+    kept = config.output_path if config.output_store is None else config.output_store
+    yield Finding("services", "ok", f"jobs in {jobs}, videos in {kept}")
 
 
 def check_tmpdir(config: Config) -> Iterator[Finding]:
@@ -368,6 +384,7 @@ CHECKS: tuple[Check, ...] = (
     check_cores,
     check_memory,
     check_port,
+    check_services,
     check_tmpdir,
     check_shared_memory,
     check_open_files,

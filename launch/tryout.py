@@ -1,13 +1,16 @@
-"""Whether a folder can be written and an address listened on, found out by doing it and leaving no trace."""
+"""Whether this machine has what a configuration asks for, found out by trying it and leaving no trace."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import socket
 import tempfile
 from pathlib import Path
 
+from launch.devices import pick_devices
+from runtime.config import Config, check_transport
 from runtime.errors import InvalidInput
 
 
@@ -40,6 +43,34 @@ def try_port(host: str, port: int) -> None:
                 probe.bind(address)
             except OSError as error:
                 raise _bind_fault(host, port, error) from error
+
+
+def try_transport(config: Config) -> None:
+    """See that the ranks can exchange tensors on the devices that they get."""
+    devices = pick_devices(config.num_gpus * config.replicas, config.device, share=config.dist_backend == "staged")
+    check_transport(config, devices.kind)
+    if config.sp_engine == "yunchang":
+        _need("sp_engine", "yunchang needs", "cuda", "yunchang", "flash_attn")
+
+
+def try_services(config: Config) -> None:
+    """Look for what the gateway reads and imports, a bucket and a database themselves left out."""
+    for name in ("webhook_secret_file", "api_keys_file"):
+        if (path := getattr(config, name)) is not None:
+            try:
+                Path(path).expanduser().open("rb").close()
+            except OSError as error:
+                raise InvalidInput(name, f"{path} cannot be read: {error.strerror}") from error
+    if config.output_store is not None:
+        _need("output_store", "a bucket needs", "s3", "obstore")
+    if config.database_url is not None:
+        _need("database_url", "a PostgreSQL database needs", "postgres", "psycopg")
+
+
+def _need(setting: str, who: str, extra: str, *packages: str) -> None:
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InvalidInput(setting, f"{who} {' and '.join(missing)}: pip install 'framemesh[{extra}]'")
 
 
 def _bind_fault(host: str, port: int, error: OSError) -> InvalidInput:

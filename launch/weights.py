@@ -40,14 +40,19 @@ def resolve_model(model_path: str, revision: str | None = None, *, progress: boo
     demo = model_path == DEMO_MODEL
     folder = Path(str(files("workers.demo") / "model")) if demo else Path(os.path.expanduser(model_path))
     if not model_path or not folder.is_dir():
-        _check_model_id(model_path)
+        check_model_id(model_path)
         return _from_hub(model_path, revision, progress)
     if revision is not None:
         raise InvalidInput("revision", f"{model_path} is a folder, and only a Hugging Face model id has revisions")
     return folder.absolute()
 
 
-def _check_model_id(model_path: str) -> None:
+def check_model_id(model_path: str) -> None:
+    """Refuse what is no folder and cannot be a Hugging Face model id; asks nobody.
+
+    Raises:
+        InvalidInput: names `model_path`.
+    """
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 

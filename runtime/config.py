@@ -21,6 +21,7 @@ from runtime.layout import Heads, Layout, derive_layout, describe_layout
 from runtime.places import read_places
 
 Precision = Literal["fp16", "bf16", "fp32"]
+Backend = Literal["nccl", "gloo", "staged"]
 LogLevel = Literal["debug", "info", "warning", "error"]
 
 BUCKET_URL = re.compile(r"s3://[^/@?#\s]+(/[^?#\s]*)?")
@@ -343,12 +344,38 @@ def _check_parallel(config: Config) -> None:
         raise InvalidInput("cfg_parallel_size", reason)
     if config.layout.num_ranks == 1 and config.sp_engine != "native":
         raise InvalidInput("sp_engine", f"{config.sp_engine} has nothing to do on one rank; leave it out")
-    if config.sp_engine == "yunchang" and config.device == "cpu":
-        raise InvalidInput("sp_engine", "yunchang needs CUDA and flash-attn; take native on the CPU")
-    if config.dist_backend == "nccl" and config.device == "cpu":
-        raise InvalidInput("dist_backend", "nccl moves CUDA tensors only; take gloo on the CPU")
+    if config.device != "auto":
+        check_transport(config, config.device)
     if config.use_fsdp_inference and config.dist_backend == "staged":
         raise InvalidInput("use_fsdp_inference", "dist_backend staged cannot gather sharded weights; take nccl")
+
+
+def check_transport(config: Config, device: str) -> None:
+    """What moves tensors between ranks against the kind of device that they are on.
+
+    Raises:
+        InvalidInput: it cannot move them.
+    """
+    resolve_backend(config.dist_backend, device)
+    if config.sp_engine == "yunchang" and device == "cpu":
+        raise InvalidInput("sp_engine", "yunchang needs CUDA and flash-attn; take native on the CPU")
+
+
+def resolve_backend(wanted: str, device: str) -> Backend:
+    """The transport that `dist_backend` means for tensors on "cuda" or "cpu".
+
+    Raises:
+        InvalidInput: it cannot move them.
+    """
+    if wanted == "auto":
+        return "nccl" if device == "cuda" else "gloo"
+    if wanted == "nccl" and device == "cpu":
+        raise InvalidInput("dist_backend", "nccl moves CUDA tensors only; take gloo on the CPU")
+    if wanted == "staged" and device == "cpu":
+        raise InvalidInput("dist_backend", "staged is for CUDA tensors; CPU tensors go over gloo as they are")
+    if wanted == "gloo" and device == "cuda":
+        raise InvalidInput("dist_backend", "gloo moves CPU tensors only; take nccl, or staged to share a GPU")
+    return "nccl" if wanted == "nccl" else "gloo" if wanted == "gloo" else "staged"
 
 
 def _check_gateway(config: Config) -> None:

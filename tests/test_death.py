@@ -1,5 +1,6 @@
 """What if a rank dies or hangs, or the whole is stopped? Real processes, real signals, and nothing left behind."""
 
+import re
 import shutil
 import signal
 import subprocess
@@ -146,6 +147,23 @@ def test_a_signal_during_the_start_ends_it_cleanly(tmp_path, short_tmp, moment_s
     assert_all_gone(everything)
     _, stderr = server.communicate()
     assert "Traceback" not in stderr
+    assert not list(short_tmp.glob("framemesh-*"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment_s", [2.5, 4.0])
+def test_ctrl_c_during_the_start_of_a_generation_leaves_no_task_behind(tmp_path, short_tmp, moment_s):
+    command = [sys.executable, "-P", "-m", "launch", "generate", "--prompt", "a", "--num-inference-steps", "900"]
+    started = subprocess.Popen(
+        command, env=child_environment({}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    time.sleep(moment_s)
+    everything = processes_of([started.pid])
+    started.send_signal(signal.SIGINT)
+    _, stderr = started.communicate(timeout=LIMIT_S)
+    assert started.returncode == 130
+    assert not re.search("Traceback|ignored|destroyed", stderr), stderr
+    assert_all_gone(everything)
     assert not list(short_tmp.glob("framemesh-*"))
 
 

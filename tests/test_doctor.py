@@ -126,6 +126,21 @@ def test_settings():
     all_ok(doctor.check_settings)
     worst(doctor.check_settings, "error", "port", "70000 is not a port", port=70_000)
     worst(doctor.check_settings, "error", "sp_degree", num_gpus=3, sp_degree=2)
+    worst(doctor.check_settings, "error", "there is no folder /nowhere", model_path="/nowhere")
+
+
+def test_services(monkeypatch, tmp_path):
+    all_ok(doctor.check_services)
+    worst(doctor.check_services, "error", "webhook_secret_file", "cannot be read", webhook_secret_file="nowhere")
+    wanted = {"output_store": "s3://bucket", "database_url": "postgresql://me@nowhere/db"}
+    all_ok(doctor.check_services, output_store=wanted["output_store"])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for (setting, value), extra in zip(wanted.items(), ("s3", "postgres"), strict=True):
+        worst(doctor.check_services, "error", setting, f"pip install 'framemesh[{extra}]'", **{setting: value})
+
+
+def test_a_transport_that_this_machine_does_not_have():
+    worst(doctor.check_accelerators, "error", "dist_backend", "take gloo on the CPU", dist_backend="nccl")
 
 
 def test_versions(monkeypatch, tmp_path):

@@ -13,14 +13,14 @@ from ranks_attention import noise, whole
 from toy_joint import PLAN, Toy
 
 from bench.parallel import ask, crew, formula, meshes, params_of, random_weights
-from runtime.config import Config
+from runtime.config import Config, check_transport, resolve_backend
 from runtime.errors import InvalidInput
 from runtime.layout import Layout
 from workers.attention.backends import KERNELS, as_bias, choose
-from workers.parallel.groups import SOLO, pick_backend
+from workers.parallel.groups import SOLO
 from workers.parallel.ring import merge, ring_attention
 from workers.parallel.sequence import SequenceParallel, SequencePlan
-from workers.parallel.yunchang_engine import _cannot_take, yunchang_engine
+from workers.parallel.yunchang_engine import _cannot_take
 
 BOUND = 2e-6
 """Of fp32 attention against fp64; SDPA's own error is 9e-7 here."""
@@ -264,19 +264,19 @@ def test_a_star_is_one_part_of_a_name():
     ],
 )
 def test_the_transport_follows_the_device(wanted, device, backend):
-    assert pick_backend(wanted, torch.device(device)) == backend
+    assert resolve_backend(wanted, device) == backend
 
 
 @pytest.mark.parametrize(("wanted", "device"), [("nccl", "cpu"), ("staged", "cpu"), ("gloo", "cuda")])
 def test_a_transport_that_cannot_move_the_tensors_is_refused(wanted, device):
     with pytest.raises(InvalidInput) as refusal:
-        pick_backend(wanted, torch.device(device))
+        resolve_backend(wanted, device)
     assert refusal.value.field == "dist_backend"
 
 
 def test_yunchang_is_refused_without_cuda():
     with pytest.raises(InvalidInput, match="needs CUDA and flash-attn") as refusal:
-        yunchang_engine(2, torch.device("cpu"))
+        check_transport(Config(sp_engine="yunchang"), "cpu")
     assert refusal.value.field == "sp_engine"
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 import torch
 
-from runtime.config import Config
+from runtime.config import Config, resolve_backend
 from runtime.folding import resolve_tp
 from runtime.layout import layouts_of
 from runtime.log import get_logger
@@ -23,10 +23,10 @@ from workers.models.family import Family, Precisions, load_family
 from workers.models.loading import Loader
 from workers.parallel.encoder import tensor_group
 from workers.parallel.fsdp import shard_mesh
-from workers.parallel.groups import init_distributed, make_groups, pick_backend, warm_up
+from workers.parallel.groups import init_distributed, make_groups, warm_up
 from workers.parallel.sequence import SequenceParallel
 from workers.parallel.usp import usp_attention
-from workers.parallel.yunchang_engine import yunchang_engine
+from workers.parallel.yunchang_engine import YunchangEngine
 
 log = get_logger("setup")
 
@@ -51,7 +51,7 @@ def build_executor(
     config: Config, folder: Path, card: Card, device: torch.device, rank: int, generation: int, sender: FrameSender
 ) -> tuple[Executor, Family, Precisions]:
     layout = config.layout
-    backend = pick_backend(config.dist_backend, device)
+    backend = resolve_backend(config.dist_backend, device.type)
     if layout.num_ranks > 1:
         init_distributed(backend, config.dist_timeout, generation)
     groups = make_groups(layouts_of(layout, card), rank, backend)
@@ -59,7 +59,7 @@ def build_executor(
     warm_up(groups, device)
     family, precisions = load_family(folder, card, config, loader)
     kernel = choose(config.attention_backend)
-    engine = usp_attention if config.sp_engine == "native" else yunchang_engine(layout.num_ranks, device)
+    engine = usp_attention if config.sp_engine == "native" else YunchangEngine(layout.num_ranks, "FA")
     sequence = SequenceParallel(family.denoiser, family.sequence_plan, kernel, family.attention_processor, engine)
     executor = Executor(family, card, sequence, groups, sender.send)
     executor.sharded = loader.mesh is not None or loader.tensor_group is not None

@@ -13,14 +13,11 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Literal
 
 import torch
 import torch.distributed as dist
 
 from runtime.layout import share_sizes
-
-Backend = Literal["nccl", "gloo", "staged"]
 
 
 @dataclass

@@ -11,9 +11,9 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from runtime.errors import InvalidInput
+from runtime.config import Backend
 from runtime.layout import Axis, Layout
-from workers.parallel.comm import ALONE, Backend, Group
+from workers.parallel.comm import ALONE, Group
 
 
 @dataclass(frozen=True)
@@ -31,24 +31,6 @@ class Groups:
 
 SOLO = Groups()
 AXES: tuple[Axis, ...] = ("cfg", "ring", "ulysses", "sp", "replica")
-
-
-def pick_backend(wanted: str, device: torch.device) -> Backend:
-    """The transport of tensors between ranks that `--dist-backend` means on this device.
-
-    Raises:
-        InvalidInput: it cannot move this device's tensors.
-    """
-    cuda = device.type == "cuda"
-    if wanted == "auto":
-        return "nccl" if cuda else "gloo"
-    if wanted == "nccl" and not cuda:
-        raise InvalidInput("dist_backend", "nccl moves CUDA tensors only; take gloo on the CPU")
-    if wanted == "staged" and not cuda:
-        raise InvalidInput("dist_backend", "staged is for CUDA tensors; CPU tensors go over gloo as they are")
-    if wanted == "gloo" and cuda:
-        raise InvalidInput("dist_backend", "gloo moves CPU tensors only; take nccl, or staged to share a GPU")
-    return "nccl" if wanted == "nccl" else "gloo" if wanted == "gloo" else "staged"
 
 
 _timeout: datetime.timedelta | None = None

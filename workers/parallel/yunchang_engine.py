@@ -7,14 +7,12 @@ engine, with a warning. USP (arXiv 2405.07719), github.com/feifeibear/long-conte
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
-from runtime.errors import InvalidInput
 from runtime.log import get_logger
 from workers.attention.backends import Bias, Kernel
 from workers.parallel.comm import Group
@@ -26,20 +24,6 @@ FLASH_HEAD_DIM = 256
 """What flash-attn takes."""
 
 log = get_logger("worker")
-
-
-def yunchang_engine(num_ranks: int, device: torch.device) -> YunchangEngine:
-    """For `--sp-engine yunchang`; every rank must call it.
-
-    Raises:
-        InvalidInput: there is no CUDA, or a package is missing.
-    """
-    missing = [name for name in ("yunchang", "flash_attn") if importlib.util.find_spec(name) is None]
-    if device.type != "cuda":
-        raise InvalidInput("sp_engine", "yunchang needs CUDA and flash-attn; take native on the CPU")
-    if missing:
-        raise InvalidInput("sp_engine", f"yunchang needs {' and '.join(missing)}: pip install framemesh[cuda]")
-    return YunchangEngine(num_ranks, "FA")
 
 
 class YunchangEngine:
