@@ -46,7 +46,7 @@ def settle_layout(config: Config, folder: Path, card: Card) -> tuple[Config, tup
     if config.num_gpus == 1 or config.tp_size is not None or config.use_fsdp_inference:
         return config, lines
     tp, reason = resolve_tp(None, read_configs(folder), config.layout.sp, this_machine(config))
-    return replace(config, tp_size=tp), (*lines, f"text encoders: {reason}") if tp > 1 else lines
+    return replace(config, tp_size=tp), (*lines, f"text encoders: {reason}") if config.layout.sp > 1 else lines
 
 
 def tuner_for(config: Config, folder: Path, card: Card, machine: Machine | None = None) -> Tuner:

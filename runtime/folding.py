@@ -87,7 +87,7 @@ def resolve_tp(wanted: int | None, configs: Configs, sp: int, machine: Machine) 
                 sizes |= {f"the {size} {what} of {shape.name}": size for what, size in shape.split_sizes.items()}
             undivided = ", ".join(name for name, size in sizes.items() if wanted < 1 or size % wanted)
             raise InvalidInput("tp_size", f"{wanted} does not divide {undivided}; take one of {valid}")
-        return wanted, f"tp_size {wanted} as it was set"
+        return wanted, f"tp_size {wanted}, settled at the start"
     if not shapes:
         return 1, "no text encoder that can be split"
     times = {tp: sum(shape.seconds(tp, machine) for shape in shapes) for tp in valid}

@@ -101,7 +101,7 @@ def test_a_large_encoder_is_shared_where_the_links_are_fast_and_the_prompt_is_lo
 
 def test_by_hand_it_must_divide_the_heads_and_the_sp_degree():
     machine = load_machine("cpu-gloo")
-    assert resolve_tp(2, {"text_encoder": UMT5_XXL}, 4, machine) == (2, "tp_size 2 as it was set")
+    assert resolve_tp(2, {"text_encoder": UMT5_XXL}, 4, machine) == (2, "tp_size 2, settled at the start")
     for degree, sp, reason in (
         (8, 8, "the 28 heads of text_encoder, the 4 key and value heads of text_encoder; take one of [1, 2, 4]"),
         # It divides all but the one that is easily overlooked.
