@@ -539,6 +539,29 @@ def test_a_real_process_refuses_without_a_traceback(words, message):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["models"],
+        ["doctor", "--model-path", "./nowhere"],
+        ["tune", "--dry-run", "--machine", "cpu-gloo"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_nobody_reads_and_it_ends_quietly(words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-P", "-m", "launch", *words]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environ, timeout=60, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.slow
 def test_help_and_version_import_nothing_heavy():
     program = """
 import sys
