@@ -3,19 +3,22 @@
 import os
 import sys
 
-PIPE_CLOSED = 141
-"""What a shell makes of SIGPIPE."""
+INTERRUPTED, PIPE_CLOSED = 130, 141
+"""What a shell makes of SIGINT and SIGPIPE."""
 
 
 def main() -> int:
     """Run the command line; returns the exit code, 141 if nobody reads what it prints."""
     try:
+        # These imports take long enough for a Ctrl-C.
         from launch.cli import main as run
 
         code = run()
         # Here, and not at the interpreter's end, which would tell of a closed pipe in its own way.
         print(end="", flush=True)
         return code
+    except KeyboardInterrupt:
+        return INTERRUPTED
     except BrokenPipeError:
         return _forget_output()
     except SystemExit as end:

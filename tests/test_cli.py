@@ -577,6 +577,25 @@ print(codes, sorted(heavy & sys.modules.keys()), file=sys.stderr)
 
 
 @pytest.mark.slow
+def test_ctrl_c_during_the_imports_ends_with_130():
+    program = """
+import os, runpy, signal, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "cyclopts":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["framemesh", "serve", "--port", "0"]
+runpy.run_module("launch", run_name="__main__")
+"""
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environ, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
+
+
+@pytest.mark.slow
 def test_ctrl_c_ends_quickly_with_130(tmp_path):
     program = """
 import sys, time, types
