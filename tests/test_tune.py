@@ -2,7 +2,10 @@
 
 import json
 import math
+import signal
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +16,9 @@ from tiny_wan import DEMO
 
 from bench import parallel
 from launch.cli import main
+from launch.observe import TUNE, read_mesh_file, sweep_dead_folders
 from launch.options import take_in
+from launch.process import child_environment
 from launch.sizes import read_weights
 from launch.tune import write_profile
 from runtime import traffic
@@ -437,6 +442,41 @@ def test_an_image_model_is_tuned_with_and_without_its_guidance_branches(tmp_path
         assert main([*words, "--true-cfg-scale", scale, "--profile-file", str(file)]) == 0
         layouts = {row["layout"] for row in json.loads(file.read_text())["layouts"]}
         assert ("cfg2" in layouts) == (branches == 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_while_it_measures_leaves_nothing_behind(number, short_tmp):
+    """The mesh is stopped and the folder gone; after a SIGKILL the next start sweeps it."""
+    program = """
+import sys, time, launch.generator
+from launch.cli import main
+class Mesh:
+    def __init__(self, config, folder): pass
+    def __enter__(self): return self
+    def __exit__(self, *_): print("stopped", flush=True)
+    def generate(self, params):
+        print("up", flush=True)
+        time.sleep(60)
+launch.generator.Generator = Mesh
+sys.exit(main(["tune", "--machine", "cpu-gloo"]))
+"""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(
+        command, env=child_environment({}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=short_tmp
+    ) as process:
+        assert process.stdout.readline() == "up\n"
+        (place,) = short_tmp.glob("framemesh-*")
+        assert read_mesh_file(place).role == TUNE
+        assert main(["jobs"]) == 1, "it is no mesh"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+    if number == signal.SIGKILL:
+        sweep_dead_folders()
+    else:
+        assert (process.returncode, out) == (130, "stopped\n")
+        assert "Traceback" not in err
+    assert not place.exists()
 
 
 @pytest.mark.slow
