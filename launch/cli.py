@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import msgspec
 from cyclopts import App, CycloptsError, Parameter
 
+from launch.helppage import HelpPage
 from launch.options import Output, take_in
 from launch.tryout import try_folder, try_port
 from runtime.batchrules import rules_of
@@ -26,7 +27,7 @@ from runtime.sampling import ResolvedParams, SamplingParams
 if TYPE_CHECKING:
     from runtime.models.card import Card
 
-HELP = "Serve diffusion video models over a mesh of ranks."
+HELP = "Serve diffusion image and video models over a mesh of ranks."
 EPILOGUE = (
     "A flag is also a key of the --config file (--ulysses-degree: ulysses_degree) and an environment variable "
     "(FRAMEMESH_ULYSSES_DEGREE). The command line wins over the environment, the environment over the file."
@@ -79,6 +80,7 @@ def _run(argv: list[str]) -> int:
         help=HELP,
         help_epilogue=EPILOGUE,
         help_format="plaintext",
+        help_formatter=HelpPage(),
         version=_version,
         config=intake.fill,
         default_parameter=Parameter(consume_multiple=True, negative_iterable=()),
@@ -87,24 +89,7 @@ def _run(argv: list[str]) -> int:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
-    commands = (
-        serve,
-        mesh,
-        gateway,
-        generate,
-        run,
-        tune,
-        top,
-        jobs,
-        cancel,
-        drain,
-        models,
-        env,
-        doctor,
-        keygen,
-        apikey,
-    )
-    for command in commands:
+    for command in COMMANDS:
         app.command(command)
     return app(intake.tokens) or 0
 

@@ -504,6 +504,37 @@ def test_env_prints_the_rows_of_the_machine(monkeypatch, capsys):
     assert capsys.readouterr().out == "gpu     none\nmemory  8 GiB\n"
 
 
+# What --help says
+
+
+@pytest.fixture
+def help_of(monkeypatch, capsys):
+    """What a command's --help says on a wide terminal, as one line without its frame."""
+    monkeypatch.setenv("COLUMNS", "500")
+
+    def of(*words):
+        assert main([*words, "--help"]) == 0
+        return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+    return of
+
+
+def test_help_joins_the_lines_of_a_text_and_shows_no_empty_default(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "500")
+    for command in ("serve", "generate"):
+        assert main([command, "--help"]) == 0
+        out = capsys.readouterr().out
+        assert "the others are aliases. Unset: the model path. " in out
+        assert "default: ()" not in out
+        assert 'default: ""' not in out
+        assert "[default: 30000]" in out
+        assert "Usage: framemesh" in out
+
+
+def test_help_names_both_kinds_of_models(help_of):
+    assert "Serve diffusion image and video models" in help_of()
+
+
 # How it ends
 
 
