@@ -16,6 +16,7 @@ import msgspec
 from cyclopts import App, CycloptsError, Parameter
 
 from launch.helppage import HelpPage
+from launch.options import COMMANDS as SETTINGS_OF
 from launch.options import Output, take_in
 from launch.tryout import try_folder, try_port
 from runtime.batchrules import rules_of
@@ -29,8 +30,9 @@ if TYPE_CHECKING:
 
 HELP = "Serve diffusion image and video models over a mesh of ranks."
 EPILOGUE = (
-    "A flag is also a key of the --config file (--ulysses-degree: ulysses_degree) and an environment variable "
-    "(FRAMEMESH_ULYSSES_DEGREE). The command line wins over the environment, the environment over the file."
+    "A flag, unless it is of the group Command, is also a key of the --config file (--log-level: log_level) and an "
+    "environment variable (FRAMEMESH_LOG_LEVEL). The command line wins over the environment, the environment over the "
+    "file."
 )
 
 ConfigFlags = Annotated[Config, Parameter(name="*", group="Mesh and model")]
@@ -78,7 +80,6 @@ def _run(argv: list[str]) -> int:
     app = App(
         name="framemesh",
         help=HELP,
-        help_epilogue=EPILOGUE,
         help_format="plaintext",
         help_formatter=HelpPage(),
         version=_version,
@@ -90,7 +91,8 @@ def _run(argv: list[str]) -> int:
         suppress_keyboard_interrupt=False,
     )
     for command in COMMANDS:
-        app.command(command)
+        with_settings = command.__name__ in SETTINGS_OF
+        app.command(command, help_epilogue=EPILOGUE if with_settings else None)
     return app(intake.tokens) or 0
 
 
@@ -344,7 +346,7 @@ def doctor(
     *,
     config: ConfigFlags = NO_CONFIG,
     config_file: ConfigFile = None,
-    as_json: Annotated[bool, Parameter(name="--json", negative="", help="One JSON array.")] = False,
+    as_json: Annotated[bool, Parameter(name="--json", group="Command", negative="", help="One JSON array.")] = False,
 ) -> int:
     """Check this host for a mesh with these settings, and say what to do about what is found."""
     from launch.doctor import doctor as examine_host

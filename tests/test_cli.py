@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from launch.cli import main
+from launch.cli import COMMANDS, main
 from launch.flags import LATER
 from launch.options import BOOLEANS, CONFIG, SAMPLING
 from runtime.config import Config
@@ -531,6 +531,12 @@ def test_help_joins_the_lines_of_a_text_and_shows_no_empty_default(monkeypatch, 
         assert "Usage: framemesh" in out
 
 
+@pytest.mark.parametrize("command", [command.__name__ for command in COMMANDS])
+def test_help_speaks_of_keys_and_variables_where_there_are_some(help_of, command):
+    said = "also a key of the --config file" in help_of(command)
+    assert said == (command in {"serve", "mesh", "gateway", "generate", "run", "doctor"})
+
+
 def test_help_names_both_kinds_of_models(help_of):
     assert "Serve diffusion image and video models" in help_of()
 
@@ -596,7 +602,7 @@ def test_nobody_reads_and_it_ends_quietly(words):
 def test_help_and_version_import_nothing_heavy():
     program = """
 import sys
-from launch.cli import main
+from launch.cli import COMMANDS, main
 codes = [main(words) for words in (["--help"], ["--version"], ["generate", "--help"], ["serve", "-h"], [])]
 heavy = {"torch", "diffusers", "transformers", "fastapi", "numpy", "av", "huggingface_hub", "zmq", "sqlalchemy"}
 print(codes, sorted(heavy & sys.modules.keys()), file=sys.stderr)
@@ -636,7 +642,7 @@ def serve(config, folder):
     time.sleep(60)
 module.serve = serve
 sys.modules["launch.serve"] = module
-from launch.cli import main
+from launch.cli import COMMANDS, main
 sys.exit(main(["serve", "--port", "0"]))
 """
     environ = os.environ | {"PYTHONPATH": str(ROOT)}
