@@ -18,6 +18,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Protocol
 
@@ -784,10 +785,13 @@ def record_main(arguments: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
     if args.record:
         record_main(args.record)
         return
+    if args.plot is not None and find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install -e '.[bench]'")
     where = machine()
     results = _study(args) if args.workload else _replay(args)
     save("simulate", where, results, variant=args.name or args.workload or args.trace.stem)

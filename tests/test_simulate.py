@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import sys
 
 import msgspec
 import pytest
@@ -18,6 +19,7 @@ from bench.simulate import (
     Unit,
     average,
     learn,
+    main,
     measured_units,
     measured_weather,
     quantile,
@@ -200,6 +202,14 @@ def test_figures():
     merged = average([{"mean_s": 1.0, "slo": 0.5}, {"mean_s": 3.0, "slo": 0.5}])
     assert merged["mean_s"] == 2.0
     assert merged["slo_95"] == 0.0
+
+
+def test_a_plot_without_matplotlib_is_refused_before_the_study(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("bench.simulate._study", lambda args: pytest.fail("it ran"))
+    with pytest.raises(SystemExit):
+        main(["--workload", "mix", "--plot", "x.png"])
+    assert "pip install -e '.[bench]'" in capsys.readouterr().err
 
 
 def test_what_a_recorded_run_teaches_replays_it():
