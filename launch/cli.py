@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import msgspec
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError
 
 from launch.helppage import HelpPage
 from launch.options import COMMANDS as SETTINGS_OF
-from launch.options import Output, take_in
+from launch.options import Output, did_you_mean, is_flag_of, take_in
 from launch.tryout import try_folder, try_port
 from runtime.batchrules import rules_of
 from runtime.config import DEMO_MODEL, Config, check_config, describe_mesh
@@ -63,8 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command line; returns the exit code (0 done, 1 failed, 2 bad input, 130 interrupted)."""
     try:
         return _run(sys.argv[1:] if argv is None else argv)
-    except (InvalidInput, CycloptsError) as error:
+    except InvalidInput as error:
         _say(f"error: {error}")
+        return 2
+    except CycloptsError as error:
+        _say(f"error: {_refusal(error)}")
         return 2
     except FramemeshError as error:
         _say(f"error: {error}")
@@ -94,6 +97,22 @@ def _run(argv: list[str]) -> int:
         with_settings = command.__name__ in SETTINGS_OF
         app.command(command, help_epilogue=EPILOGUE if with_settings else None)
     return app(intake.tokens) or 0
+
+
+def _refusal(error: CycloptsError) -> str:
+    """Of a command line, in the words of the other refusals."""
+    command = " ".join(error.command_chain or ())
+    match error:
+        case UnknownOptionError():
+            word = (error.token.keyword or error.token.value).partition("=")[0].replace("_", "-")
+            names = (name for argument in error.argument_collection for name in argument.names)
+            near = did_you_mean(word, (name for name in names if is_flag_of(command, name)), "--")
+            return f"{word}: is no flag of {command}{near}"
+        case UnusedCliTokensError():
+            words = " ".join(error.unused_tokens or ())
+            return f"{words}: is too much; `framemesh {command} --help` names what it takes (text goes in quotes)"
+        case _:
+            return str(error)
 
 
 def _version() -> str:

@@ -286,10 +286,12 @@ def test_unused_variables_are_named_in_one_line(started, capsys, monkeypatch):
     monkeypatch.setenv("SGLANG_A", "1")
     monkeypatch.setenv("SGLANG_DIFFUSION_ATTENTION_CONFIG", "x.json")
     monkeypatch.setenv("FRAMEMESH_NUM_GPU", "2")
+    monkeypatch.setenv("FRAMEMESH_TOKEN", "2")
     assert main(["serve", "--port=0"]) == 0
     assert capsys.readouterr().err.splitlines() == [
         "warning: set, but without effect here: SGLANG_A, SGLANG_DIFFUSION_ATTENTION_CONFIG",
         "warning: FRAMEMESH_NUM_GPU is no setting; did you mean FRAMEMESH_NUM_GPUS?",
+        "warning: FRAMEMESH_TOKEN is no setting",
     ]
 
 
@@ -304,7 +306,10 @@ def broken_folder(tmp_path, break_it):
 
 
 BAD_LINES = [
-    ("generate --num-gps 2", "--num-gps", "Did you mean --num-gpus?"),
+    ("generate --num-gps 2", "--num-gps: is no flag of generate", "; did you mean --num-gpus?"),
+    ("generate --num_gps=2", "--num-gps: is no flag of generate", "; did you mean --num-gpus?"),
+    ("serve extra", "extra: is too much; `framemesh serve --help`", ""),
+    ("cancel a b", "b: is too much; `framemesh cancel --help`", ""),
     ("serve --prompt fox", "--prompt", "no flag of serve"),
     ("genrate", '"genrate"', 'Did you mean "generate"?'),
     ("generate stray", "stray", ""),
@@ -363,6 +368,18 @@ def test_bad_lines_end_before_anything_starts(started, capsys, line, name, hint)
     assert hint in error
     assert not started
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (["serve", "--bogus"], "--bogus: is no flag of serve"),
+        (["serve", "--no-bogus", "3"], "--no-bogus: is no flag of serve"),
+        (["gateway", "--num-gps", "3"], "--num-gps: is no flag of gateway"),
+    ],
+)
+def test_only_what_is_near_and_of_use_is_suggested(capsys, words, refused):
+    assert refusal(capsys, words) == refused
 
 
 BAD_FILES = [
@@ -563,7 +580,7 @@ def test_an_exit_code_from_below_is_passed_on(started, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["serve", "--num-gps", "2"], "Did you mean --num-gpus?"),
+        (["serve", "--num-gps", "2"], "did you mean --num-gpus?"),
         (["generate", "--prompt", "a", "--model-path", "./nowhere"], "no folder ./nowhere"),
         (["generate", "--prompt", "a", "--num-gpus", "4", "--ring-degree", "3"], "!= 4 (num_gpus)"),
     ],
