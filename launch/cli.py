@@ -78,8 +78,6 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     intake = take_in(argv, os.environ)
-    for note in intake.notes:
-        _say(note)
     app = App(
         name="framemesh",
         help=HELP,
@@ -96,7 +94,14 @@ def _run(argv: list[str]) -> int:
     for command in COMMANDS:
         with_settings = command.__name__ in SETTINGS_OF
         app.command(command, help_epilogue=EPILOGUE if with_settings else None)
-    return app(intake.tokens) or 0
+    command, bound, _ = app.parse_args(intake.tokens)
+    config = bound.arguments.get("config")
+    if config is not None and command is not doctor:
+        # What has no effect has to be right all the same: better refused than noted first.
+        check_config(config)
+    for note in intake.notes:
+        _say(note)
+    return command(*bound.args, **bound.kwargs) or 0
 
 
 def _refusal(error: CycloptsError) -> str:

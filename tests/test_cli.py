@@ -282,6 +282,11 @@ def test_generate_says_that_http_settings_have_no_effect(meaning, capsys, tmp_pa
     assert notes == ["note: no effect on generate: host, port (it starts no HTTP server)"]
 
 
+def test_what_is_refused_is_not_noted_first(started, capsys):
+    assert main(["generate", "--prompt", "a", "--port", "99999"]) == 2
+    assert capsys.readouterr().err == "error: port: 99999 is not a port; take 0 (any free one) to 65535\n"
+
+
 def test_unused_variables_are_named_in_one_line(started, capsys, monkeypatch):
     monkeypatch.setenv("SGLANG_A", "1")
     monkeypatch.setenv("SGLANG_DIFFUSION_ATTENTION_CONFIG", "x.json")
