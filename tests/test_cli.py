@@ -330,7 +330,7 @@ BAD_LINES = [
     ("generate --prompt a --num-gpus 4 --sp-degree 2", "sp_degree", "= 2 ranks != 4"),
     ("generate --prompt a --num-gpus 0", "num_gpus", "1 or more"),
     ("generate --prompt a --num-gpus 6 --ulysses-degree 6", "ulysses_degree", "ulysses(6) > 4 attention heads"),
-    ("generate --prompt a --enable-cfg-parallel", "enable_cfg_parallel", "cfg(2) does not divide 1 ranks"),
+    ("generate --prompt a --enable-cfg-parallel", "enable_cfg_parallel", "cfg(2) does not divide 1 rank (num_gpus)"),
     ("serve --port 0 --num-gpus 3 --cfg-parallel-size 3", "cfg_parallel_size", "cfg(3) > 2 guidance branches"),
     ("generate --prompt a --num-gpus 4 --cfg-parallel-size 3", "cfg_parallel_size", "cfg(3) does not divide 4 ranks"),
     ("generate --prompt a --num-gpus 2 --tp-size 0", "tp_size", "1 or more"),
