@@ -288,7 +288,7 @@ def _rewrite(phrase: Phrase, command: str) -> list[str]:
         raise InvalidInput(phrase.spelling, f"takes one value; {phrase.rest[0]!r} is too many (text goes in quotes)")
     if positive in BOOLEANS:
         return _rewrite_boolean(phrase, positive)
-    if name in LATER and value is None:
+    if value is None and (name in LATER or (name in SETTINGS and _is_list(SETTINGS[name]))):
         raise InvalidInput(phrase.spelling, "needs a value")
     if value is not None and check_later(name, plain(value), phrase.spelling):
         return phrase.rest
