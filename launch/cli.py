@@ -451,6 +451,8 @@ def prepare(
     rules_of(config)
     _check_output(output)
     try_folder(Path(config.output_path))
+    if config.spool_dir is not None:
+        try_folder(config.spool, "spool_dir")
     if http:
         try_port(config.host, config.port)
         _check_keys_file(config)

@@ -357,6 +357,8 @@ BAD_LINES = [
     ("run --prompt a --no-save-output", "save_output", "always saves"),
     ("generate --prompt a --model-path ./nowhere", "model_path", "no folder ./nowhere"),
     ("generate --prompt a --output-path /dev/null/x", "output_path", "cannot be written"),
+    ("serve --port 0 --spool-dir /proc/x", "spool_dir", "/proc/x cannot be written"),
+    ("mesh --spool-dir /dev/null/x", "spool_dir", "/dev/null/x cannot be written"),
     ("serve --port 70000", "port", "0 (any free one) to 65535"),
     ("serve --host nowhere.invalid", "host", "nowhere.invalid"),
     ("serve --config nowhere.json", "--config", "cannot be read: No such file"),
@@ -456,7 +458,7 @@ def test_the_trial_of_the_output_folder_leaves_no_trace(started, tmp_path):
     assert main(["generate", "--prompt", "a", "--output-path", "new/deep"]) == 0
     assert not list(tmp_path.iterdir())
     (tmp_path / "new").mkdir()
-    assert main(["generate", "--prompt", "a", "--output-path", "new/deep"]) == 0
+    assert main(["generate", "--prompt", "a", "--output-path", "new/deep", "--spool-dir", "new/spool"]) == 0
     assert not list((tmp_path / "new").iterdir())
 
 
