@@ -29,7 +29,7 @@ from runtime.machine import Machine, load_machine
 from runtime.models.card import card_for, read_configs
 from runtime.sampling import SamplingParams
 from runtime.traffic import Work, step_traffic
-from runtime.tune import GIB, Candidate, Tuner, Weights, crossover, crossovers, layouts, why
+from runtime.tune import GIB, Candidate, Tuner, Weights, crossover, crossovers, gib, layouts, why
 
 WORK = Work(tokens=1000, width=64, heads=4, attentions=3, branches=2, latents=4000)
 SHAPE = SamplingParams(prompt="a", height=720, width=1280, num_frames=81, guidance_scale=5.0)
@@ -218,6 +218,16 @@ def test_no_crossover_is_told_where_there_is_none():
     small = Tuner(demo.card, demo.configs, Weights(10e6, 8e6, 2, 0, 0), demo.machine)
     _, useless = crossovers(small, [shape], shape, 2)
     assert useless.startswith("FSDP saves no memory here: ")
+    # Nor does one of which two figures would look the same.
+    small = Tuner(demo.card, demo.configs, Weights(10e6, 4.99e6, 2, 0, 0), demo.machine)
+    _, useless = crossovers(small, [shape], shape, 2)
+    assert useless.startswith("FSDP saves no memory here: ")
+
+
+def test_bytes_are_written_with_three_digits_that_tell():
+    sizes = (0, 300 << 10, 102.3 * 2**20, 0.2 * GIB, 1000 * 2**20, 1.13 * GIB, 1.09 * GIB, 50.8 * GIB, 1300 * GIB)
+    expected = ["0 MiB", "0.293 MiB", "102 MiB", "205 MiB", "1000 MiB", "1.13 GiB", "1.09 GiB", "50.8 GiB", "1300 GiB"]
+    assert [gib(size) for size in sizes] == expected
 
 
 def test_weights_that_are_read_bound_a_small_step(folder):
