@@ -17,7 +17,7 @@ from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCl
 
 from launch.helppage import HelpPage
 from launch.options import COMMANDS as SETTINGS_OF
-from launch.options import Output, did_you_mean, is_flag_of, take_in
+from launch.options import SHEET, Output, did_you_mean, is_flag_of, take_in
 from launch.tryout import try_folder, try_port
 from runtime.batchrules import rules_of
 from runtime.config import DEMO_MODEL, Config, check_config, describe_mesh
@@ -521,8 +521,8 @@ def _check_output(output: Output) -> None:
         raise InvalidInput(
             "output_file_name", f'{name!r} must end in .mp4, as in "clip.mp4", or for a picture in one of {endings}'
         )
-    if len(os.fsencode(name)) > 255:
-        raise InvalidInput("output_file_name", f"{name!r} is longer than the 255 bytes that a file name may have")
+    if len(os.fsencode(Path(name).with_suffix(SHEET))) > 255:
+        raise InvalidInput("output_file_name", f"{name!r} and {SHEET} are longer than the 255 bytes of a file name")
 
 
 def _check_ending(output: Output, card: Card, resolved: ResolvedParams | None) -> None:

@@ -20,6 +20,9 @@ from runtime.config import Config
 from runtime.errors import InvalidInput
 from runtime.sampling import SamplingParams
 
+SHEET = ".sheet.png"
+"""How the contact sheet's name ends that lies beside a video."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Output:

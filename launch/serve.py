@@ -17,6 +17,7 @@ from launch.client import Client
 from launch.edge import Edge
 from launch.fleet import Fleet
 from launch.generator import Generator, Result
+from launch.options import SHEET
 from launch.progress import ProgressView
 from launch.signals import Signals, sigterm_as_interrupt
 from launch.supervisor import Supervisor
@@ -247,7 +248,8 @@ def _target(config: Config, params: SamplingParams, seed: int, file_name: str | 
     slug = re.sub(r"[^a-z0-9]+", "-", params.prompt.lower()).strip("-")[:60] or "video"
     result = Path(config.output_path) / (file_name or f"{slug}-{seed}{suffix}")
     result.parent.mkdir(parents=True, exist_ok=True)
-    return result, result.with_suffix(".png") if result.suffix.lower() == ".mp4" else result
+    # Not .png alone, which is how a picture of that name ends.
+    return result, result.with_suffix(SHEET) if result.suffix.lower() == ".mp4" else result
 
 
 def _write(config: Config, result: Result, target: Path, sheet: Path) -> None:

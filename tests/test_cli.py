@@ -12,14 +12,17 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from launch.cli import COMMANDS, main
 from launch.flags import LATER
+from launch.generator import Result
 from launch.options import BOOLEANS, CONFIG, SAMPLING
 from runtime.config import Config
 from runtime.errors import StartFailed
 from runtime.models.card import FAMILIES
+from runtime.protocol import Usage
 from runtime.sampling import SamplingParams
 
 ROOT = Path(__file__).parents[1]
@@ -353,6 +356,7 @@ BAD_LINES = [
     ("generate --prompt a --output-file-name a.gif", "output_file_name", ".mp4"),
     ("generate --prompt a --output-file-name a", "output_file_name", ".mp4"),
     ("generate --prompt a --output-file-name .mp4", "output_file_name", ".mp4"),
+    (f"generate --prompt a --output-file-name {'x' * 250}.mp4", "output_file_name", "255 bytes"),
     ("generate --prompt a --return-frames", "return_frames", "Python SDK"),
     ("run --prompt a --no-save-output", "save_output", "always saves"),
     ("generate --prompt a --model-path ./nowhere", "model_path", "no folder ./nowhere"),
@@ -584,6 +588,31 @@ def test_an_exit_code_from_below_is_passed_on(started, monkeypatch, capsys):
     monkeypatch.setattr(sys.modules["launch.serve"], "generate_once", lambda *_: 3)
     assert main(["generate", "--prompt", "a"]) == 3
     assert capsys.readouterr().err == ""
+
+
+def test_a_picture_and_the_contact_sheet_of_a_video_of_the_same_name_do_not_meet(tmp_path, monkeypatch, capsys):
+    class Mesh:
+        card = types.SimpleNamespace(task_type="T2V")
+
+        def __init__(self, config, folder, *, on_state):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def generate(self, params, *, on_event):
+            frames = np.zeros((params.num_frames, 64, 64, 3), np.uint8)
+            return Result(frames, {"seed": 1, "fps": 16, "timings": {}}, Usage())
+
+    monkeypatch.setattr("launch.serve.Generator", Mesh)
+    line = ["generate", "--prompt", "a", "--save-output", "--output-path", str(tmp_path)]
+    for frames, name in ((17, "star.mp4"), (1, "star.png")):
+        assert main([*line, "--num-frames", str(frames), "--output-file-name", name]) == 0
+    capsys.readouterr()
+    assert {path.name for path in tmp_path.iterdir()} == {"star.mp4", "star.sheet.png", "star.png"}
 
 
 @pytest.mark.slow
