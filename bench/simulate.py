@@ -18,12 +18,13 @@ import time
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, Protocol
 
 import msgspec
 
-from bench.report import machine, save
+from bench.report import machine, save, shown
 from bench.workloads import WORKLOADS, Arrival, Workload, read_trace
 from launch.weights import resolve_model
 from runtime.batching import BatchLimits, batch_budget
@@ -784,13 +785,20 @@ def record_main(arguments: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    args = _parser().parse_args(arguments)
+    parser = _parser()
+    args = parser.parse_args(arguments)
     if args.record:
         record_main(args.record)
         return
+    if args.plot is not None and find_spec("matplotlib") is None:
+        parser.error("--plot needs matplotlib: pip install -e '.[bench]'")
     where = machine()
     results = _study(args) if args.workload else _replay(args)
-    save("simulate", where, results, variant=args.name or args.workload or args.trace.stem)
+    # Somebody's trace is no benchmark of ours: kept under a name or not at all.
+    if variant := args.name or args.workload:
+        save("simulate", where, results, variant=variant)
+    else:
+        print(shown("simulate", where, results))
 
 
 def _study(args: argparse.Namespace) -> dict[str, Any]:
@@ -871,7 +879,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--slo-scale", type=float, default=SLO_SCALE)
     parser.add_argument("--goodput", action="store_true", help="bisect for the highest rate with 90 %% in time")
     parser.add_argument("--plot", type=Path, help="PNG file")
-    parser.add_argument("--name", help="of the result file; unset: the workload's")
+    parser.add_argument("--name", help="of the result file; unset: the workload's, and a replay is only printed")
     parser.add_argument("--record", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
     return parser
 

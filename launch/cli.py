@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import msgspec
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, UnknownOptionError, UnusedCliTokensError
 
-from launch.options import Output, take_in
+from launch.helppage import HelpPage
+from launch.options import COMMANDS as SETTINGS_OF
+from launch.options import SHEET, Output, did_you_mean, is_flag_of, take_in
 from launch.tryout import try_folder, try_port, try_services, try_transport
 from runtime.batchrules import rules_of
 from runtime.config import DEMO_MODEL, Config, check_config, describe_mesh
@@ -26,10 +28,11 @@ from runtime.sampling import ResolvedParams, SamplingParams
 if TYPE_CHECKING:
     from runtime.models.card import Card
 
-HELP = "Serve diffusion video models over a mesh of ranks."
+HELP = "Serve diffusion image and video models over a mesh of ranks."
 EPILOGUE = (
-    "A flag is also a key of the --config file (--ulysses-degree: ulysses_degree) and an environment variable "
-    "(FRAMEMESH_ULYSSES_DEGREE). The command line wins over the environment, the environment over the file."
+    "A flag, unless it is of the group Command, is also a key of the --config file (--log-level: log_level) and an "
+    "environment variable (FRAMEMESH_LOG_LEVEL). The command line wins over the environment, the environment over the "
+    "file."
 )
 
 ConfigFlags = Annotated[Config, Parameter(name="*", group="Mesh and model")]
@@ -60,8 +63,11 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command line; returns the exit code (0 done, 1 failed, 2 bad input, 130 interrupted)."""
     try:
         return _run(sys.argv[1:] if argv is None else argv)
-    except (InvalidInput, CycloptsError) as error:
+    except InvalidInput as error:
         _say(f"error: {error}")
+        return 2
+    except CycloptsError as error:
+        _say(f"error: {_refusal(error)}")
         return 2
     except FramemeshError as error:
         _say(f"error: {error}")
@@ -72,13 +78,11 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     intake = take_in(argv, os.environ)
-    for note in intake.notes:
-        _say(note)
     app = App(
         name="framemesh",
         help=HELP,
-        help_epilogue=EPILOGUE,
         help_format="plaintext",
+        help_formatter=HelpPage(),
         version=_version,
         config=intake.fill,
         default_parameter=Parameter(consume_multiple=True, negative_iterable=()),
@@ -87,26 +91,33 @@ def _run(argv: list[str]) -> int:
         result_action="return_value",
         suppress_keyboard_interrupt=False,
     )
-    commands = (
-        serve,
-        mesh,
-        gateway,
-        generate,
-        run,
-        tune,
-        top,
-        jobs,
-        cancel,
-        drain,
-        models,
-        env,
-        doctor,
-        keygen,
-        apikey,
-    )
-    for command in commands:
-        app.command(command)
-    return app(intake.tokens) or 0
+    for command in COMMANDS:
+        with_settings = command.__name__ in SETTINGS_OF
+        app.command(command, help_epilogue=EPILOGUE if with_settings else None)
+    command, bound, _ = app.parse_args(intake.tokens)
+    config = bound.arguments.get("config")
+    if config is not None and command is not doctor:
+        # What has no effect has to be right all the same: better refused than noted first.
+        check_config(config)
+    for note in intake.notes:
+        _say(note)
+    return command(*bound.args, **bound.kwargs) or 0
+
+
+def _refusal(error: CycloptsError) -> str:
+    """Of a command line, in the words of the other refusals."""
+    command = " ".join(error.command_chain or ())
+    match error:
+        case UnknownOptionError():
+            word = (error.token.keyword or error.token.value).partition("=")[0].replace("_", "-")
+            names = (name for argument in error.argument_collection for name in argument.names)
+            near = did_you_mean(word, (name for name in names if is_flag_of(command, name)), "--")
+            return f"{word}: is no flag of {command}{near}"
+        case UnusedCliTokensError():
+            words = " ".join(error.unused_tokens or ())
+            return f"{words}: is too much; `framemesh {command} --help` names what it takes (text goes in quotes)"
+        case _:
+            return str(error)
 
 
 def _version() -> str:
@@ -360,7 +371,7 @@ def doctor(
     *,
     config: ConfigFlags = NO_CONFIG,
     config_file: ConfigFile = None,
-    as_json: Annotated[bool, Parameter(name="--json", negative="", help="One JSON array.")] = False,
+    as_json: Annotated[bool, Parameter(name="--json", group="Command", negative="", help="One JSON array.")] = False,
 ) -> int:
     """Check this host for a mesh with these settings, and say what to do about what is found."""
     from launch.doctor import doctor as examine_host
@@ -442,6 +453,8 @@ def prepare(
     _check_output(output)
     _use_keys(config.curve_dir)
     try_folder(Path(config.output_path))
+    if config.spool_dir is not None:
+        try_folder(config.spool, "spool_dir")
     try_transport(config)
     if http:
         try_port(config.host, config.port)
@@ -512,8 +525,8 @@ def _check_output(output: Output) -> None:
         raise InvalidInput(
             "output_file_name", f'{name!r} must end in .mp4, as in "clip.mp4", or for a picture in one of {endings}'
         )
-    if len(os.fsencode(name)) > 255:
-        raise InvalidInput("output_file_name", f"{name!r} is longer than the 255 bytes that a file name may have")
+    if len(os.fsencode(Path(name).with_suffix(SHEET))) > 255:
+        raise InvalidInput("output_file_name", f"{name!r} and {SHEET} are longer than the 255 bytes of a file name")
 
 
 def _check_ending(output: Output, card: Card, resolved: ResolvedParams | None) -> None:

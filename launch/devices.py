@@ -73,9 +73,11 @@ def pick_devices(num_ranks: int, wanted: Literal["auto", "cuda", "cpu"], *, shar
         num_ranks = min(num_ranks, len(gpus))
     if len(gpus) < num_ranks:
         found = _found(gpus, num_ranks)
+        if wanted == "cuda" and not gpus:
+            raise InvalidInput("device", f"cuda is wanted, but {found}; take cpu, or auto")
         if wanted == "cuda":
             raise InvalidInput("num_gpus", f"{found}; take fewer ranks, or device cpu")
-        return Devices("cpu", (), f"{found}, so they run on the CPU")
+        return Devices("cpu", (), f"{found}, so the ranks run on the CPU")
     freest = sorted(gpus, key=lambda gpu: gpu.memory_free, reverse=True)[:num_ranks]
     chosen = [gpu for gpu in gpus if gpu in freest]
     return Devices("cuda", tuple(gpu.entry for gpu in chosen), _choice(chosen, gpus))
@@ -224,7 +226,9 @@ def _memory(handle: object) -> tuple[int, int]:
 def _found(gpus: list[Gpu], num_ranks: int) -> str:
     setting = os.environ.get("CUDA_VISIBLE_DEVICES")
     where = "this host" if setting is None else f'this host with CUDA_VISIBLE_DEVICES="{setting}"'
-    return f"num_gpus({num_ranks}) > {len(gpus)} GPUs visible on {where}"
+    if not gpus:
+        return f"no GPU is visible on {where}"
+    return f"num_gpus({num_ranks}) > {len(gpus)} GPU{'s' * (len(gpus) > 1)} visible on {where}"
 
 
 def _choice(chosen: list[Gpu], gpus: list[Gpu]) -> str:

@@ -40,7 +40,7 @@ from runtime.wire import Channel, incarnation
 FOLDER_PREFIX = "framemesh-"
 MESH_FILE = "mesh.json"
 CONFIG_FILE = "config.json"
-MESH, GATEWAY = "mesh", "gateway"
+MESH, GATEWAY, TUNE = "mesh", "gateway", "tune"
 """What a run folder may be of."""
 ANSWER_S = 1.0
 """A scheduler that takes longer does not count as alive."""
@@ -76,6 +76,14 @@ class RunFolder:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self._about = MeshFile(os.getpid(), model, time.time(), scheduler=scheduler, role=role)
         self._write()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
 
     def tell_url(self, url: str) -> None:
         self._about = msgspec.structs.replace(self._about, url=url)

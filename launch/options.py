@@ -20,6 +20,9 @@ from runtime.config import Config
 from runtime.errors import InvalidInput
 from runtime.sampling import SamplingParams
 
+SHEET = ".sheet.png"
+"""How the contact sheet's name ends that lies beside a video."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Output:
@@ -180,6 +183,12 @@ class Intake:
                 _check_number(argument.hint, token.keyword or argument.name, token.value)
 
 
+def is_flag_of(command: str, word: str) -> bool:
+    """Whether a command takes this flag, of those that some command has."""
+    name = word[2:].replace("-", "_").removeprefix("no_")
+    return name not in SETTINGS or name in COMMANDS.get(command, SETTINGS)
+
+
 def flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
@@ -282,7 +291,7 @@ def _rewrite(phrase: Phrase, command: str) -> list[str]:
         raise InvalidInput(phrase.spelling, f"takes one value; {phrase.rest[0]!r} is too many (text goes in quotes)")
     if positive in BOOLEANS:
         return _rewrite_boolean(phrase, positive)
-    if name in LATER and value is None:
+    if value is None and (name in LATER or (name in SETTINGS and _is_list(SETTINGS[name]))):
         raise InvalidInput(phrase.spelling, "needs a value")
     if value is not None and check_later(name, plain(value), phrase.spelling):
         return phrase.rest
@@ -393,7 +402,7 @@ def _known(content: dict[str, Any], source: str) -> dict[str, Setting]:
     for key, value in content.items():
         name, spelling = ALIASES.get(key, key), f"{key} ({source})"
         if name not in SETTINGS and name not in LATER:
-            raise InvalidInput(spelling, f"is no setting{_did_you_mean(key, NAMES)}", code="unknown_parameter")
+            raise InvalidInput(spelling, f"is no setting{did_you_mean(key, NAMES)}", code="unknown_parameter")
         if check_later(name, value, spelling) or value in (None, []):
             continue
         values = tuple(str(item) for item in (value if isinstance(value, list) else [value]))
@@ -431,9 +440,15 @@ def _is_list(hint: Any) -> bool:
     return get_origin(hint) is tuple
 
 
-def _did_you_mean(word: str, names: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(names), n=1)
-    return f"; did you mean {close[0]}?" if close else ""
+NEAR = 0.65
+"""So much alike is a slip, on difflib's scale."""
+
+
+def did_you_mean(word: str, names: Iterable[str], prefix: str = "") -> str:
+    """The end of a refusal. What all the names begin with makes nothing alike."""
+    bare = [name.removeprefix(prefix) for name in names]
+    close = difflib.get_close_matches(word.removeprefix(prefix), bare, n=1, cutoff=NEAR)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
 
 
 def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, Setting], list[str]]:
@@ -444,7 +459,7 @@ def _from_environment(environ: Mapping[str, str]) -> tuple[dict[str, Setting], l
         if not variable.startswith(PREFIX) or not value:
             continue
         if variable not in names:
-            notes.append(f"warning: {variable} is no setting{_did_you_mean(variable, names)}")
+            notes.append(f"warning: {variable} is no setting{did_you_mean(variable, names, PREFIX)}")
             continue
         name = ALIASES.get(names[variable], names[variable])
         if not check_later(name, plain(value), variable):

@@ -6,20 +6,20 @@ import asyncio
 import base64
 import contextlib
 import re
-import signal
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from launch.client import Client
 from launch.edge import Edge
 from launch.fleet import Fleet
 from launch.generator import Generator, Result
+from launch.options import SHEET
 from launch.progress import ProgressView
+from launch.signals import Signals, sigterm_as_interrupt
 from launch.supervisor import Supervisor
 from runtime.apikeys import line_for, new_key
 from runtime.config import Config
@@ -91,7 +91,7 @@ def run_once(config: Config, folder: Path, params: SamplingParams, file_name: st
 def generate_once(config: Config, folder: Path, params: SamplingParams, file_name: str | None, save: bool) -> int:
     """One generation without an HTTP server."""
     setup_logging("launcher", config.log_level)
-    with _sigterm_as_interrupt(), ProgressView() as view:
+    with sigterm_as_interrupt(), ProgressView() as view:
         with Generator(config, folder, on_state=lambda state: _show_start(view, state)) as generator:
             result = generator.generate(params, on_event=lambda event: _show_event(view, event))
         if save:
@@ -105,28 +105,6 @@ def generate_once(config: Config, folder: Path, params: SamplingParams, file_nam
             f"usage          {usage.rank_seconds:.2f} rank-seconds, at most {usage.peak_memory_bytes / 2**20:.0f} MiB"
         )
     return 0
-
-
-class Signals:
-    """SIGINT and SIGTERM as news, in place of what they do by default; for the rest of the running loop's life."""
-
-    def __init__(self) -> None:
-        self._numbers: asyncio.Queue[int] = asyncio.Queue()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            asyncio.get_running_loop().add_signal_handler(number, self._numbers.put_nowait, number)
-
-    async def during(self, work: Coroutine[Any, Any, None]) -> int | None:
-        """Do the work. The signal that came before it was done and put an end to it, or None."""
-        task, signalled = asyncio.create_task(work), asyncio.create_task(self._numbers.get())
-        try:
-            await asyncio.wait({task, signalled}, return_when=asyncio.FIRST_COMPLETED)
-            if task.done():
-                task.result()
-            return signalled.result() if signalled.done() else None
-        finally:
-            task.cancel()
-            signalled.cancel()
-            await asyncio.gather(task, signalled, return_exceptions=True)
 
 
 async def _stay_up(
@@ -270,7 +248,8 @@ def _target(config: Config, params: SamplingParams, seed: int, file_name: str | 
     slug = re.sub(r"[^a-z0-9]+", "-", params.prompt.lower()).strip("-")[:60] or "video"
     result = Path(config.output_path) / (file_name or f"{slug}-{seed}{suffix}")
     result.parent.mkdir(parents=True, exist_ok=True)
-    return result, result.with_suffix(".png") if result.suffix.lower() == ".mp4" else result
+    # Not .png alone, which is how a picture of that name ends.
+    return result, result.with_suffix(SHEET) if result.suffix.lower() == ".mp4" else result
 
 
 def _write(config: Config, result: Result, target: Path, sheet: Path) -> None:
@@ -320,16 +299,6 @@ def _show_event(view: ProgressView, event: object) -> None:
         view.stage(event.stage, event.step, event.total_steps, event.eta_s)
     elif isinstance(event, Frames):
         view.frames(event.first + event.count, event.total)
-
-
-@contextlib.contextmanager
-def _sigterm_as_interrupt() -> Iterator[None]:
-    """SIGTERM unwinds the stack as Ctrl-C does, so that every child is stopped."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _say(line: str) -> None:

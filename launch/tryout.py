@@ -14,8 +14,8 @@ from runtime.config import Config, check_transport
 from runtime.errors import InvalidInput
 
 
-def try_folder(folder: Path) -> None:
-    """Write a file into the folder, and leave things as they were."""
+def try_folder(folder: Path, setting: str = "output_path") -> None:
+    """Write a file into the folder, which a setting names, and leave things as they were."""
     missing: list[Path] = []
     try:
         missing += [path for path in (folder, *folder.parents) if not path.exists()]
@@ -23,7 +23,7 @@ def try_folder(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         reason = f"{folder} cannot be written ({error.strerror}); name another folder"
-        raise InvalidInput("output_path", reason) from error
+        raise InvalidInput(setting, reason) from error
     finally:
         with contextlib.suppress(OSError):
             for path in missing:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,7 +15,9 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
+from launch.observe import TUNE, RunFolder
 from launch.progress import ProgressView
+from launch.signals import sigterm_as_interrupt
 from launch.sizes import tuner_for
 from runtime.config import Config
 from runtime.errors import FramemeshError, InvalidInput
@@ -67,7 +68,8 @@ def tune(
         raise InvalidInput("num_gpus", f"{tuner.unshared(resolved, config.num_gpus)}; take fewer, or a larger shape")
     # The next best on paper may be the best in truth; one that does not fit is not tried.
     tried = [p.candidate for p in ranked if p.fits and not dry_run]
-    measured = {m.candidate: m for m in _measure(config, folder, params, tried, measure)}
+    with sigterm_as_interrupt():
+        measured = {m.candidate: m for m in _measure(config, folder, params, tried, measure)}
     best = _winner(ranked, measured)
     console = Console()
     console.print(_table(ranked, measured, best))
@@ -124,9 +126,9 @@ def _seconds_per_step(config: Config, folder: Path, params: SamplingParams, cand
     from launch.generator import Generator
 
     flags: dict[str, Any] = candidate.flags
-    with tempfile.TemporaryDirectory(prefix="framemesh-tune-") as place, ProgressView() as view:
-        # Costs that this run measures must not be mistaken for those of a served model.
-        asked = replace(config, **flags, cost_cache=place, output_path=place)
+    # Costs that this run measures must not be mistaken for those of a served model.
+    with RunFolder(config.model_name, role=TUNE) as own, ProgressView() as view:
+        asked = replace(config, **flags, cost_cache=str(own.path), output_path=str(own.path))
         with Generator(asked, folder) as generator:
             for steps in (WARM_STEPS, TIMED_STEPS):
                 view.stage("denoise", 0, steps)

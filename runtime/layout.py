@@ -65,7 +65,11 @@ class Layout(msgspec.Struct, frozen=True, array_like=True):
         return tuple(sum(at * stride for at, stride in zip(place, strides, strict=True)) for place in places)
 
     def __str__(self) -> str:
-        return f"cfg({self.cfg}) * ring({self.ring}) * ulysses({self.ulysses}) = {self.num_ranks} ranks"
+        return f"cfg({self.cfg}) * ring({self.ring}) * ulysses({self.ulysses}) = {_ranks(self.num_ranks)}"
+
+
+def _ranks(number: int) -> str:
+    return "1 rank" if number == 1 else f"{number} ranks"
 
 
 def derive_layout(
@@ -91,7 +95,7 @@ def derive_layout(
         if value is not None and value < 1:
             raise InvalidInput(name, f"{value} is not a degree; it must be 1 or more")
     if num_ranks % cfg_degree:
-        raise InvalidInput(cfg_setting, f"cfg({cfg_degree}) does not divide {num_ranks} ranks (num_gpus)")
+        raise InvalidInput(cfg_setting, f"cfg({cfg_degree}) does not divide {_ranks(num_ranks)} (num_gpus)")
     sp = sp_degree if sp_degree is not None else num_ranks // cfg_degree
     ulysses, ring = _split_sp(sp, ulysses_degree, ring_degree, heads)
     if sp_degree is not None and sp_degree != ring * ulysses:

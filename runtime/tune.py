@@ -8,6 +8,7 @@ weights behind this block; of those only what does not fit behind the compute co
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from runtime.models.card import Card, Configs
 from runtime.sampling import ResolvedParams
 from runtime.traffic import Traffic, Work, forwards, step_traffic, work_of
 
-GIB = 1 << 30
+GIB, MIB = 1 << 30, 1 << 20
 ACTIVATIONS = 16
 """Tensors of one layer's input that a forward holds at its fullest: projections, feed-forward and their inputs."""
 MERGES = 4
@@ -257,7 +258,7 @@ def crossovers(tuner: Tuner, shapes: Sequence[ResolvedParams], params: ResolvedP
         lines.append(
             f"FSDP becomes necessary on ranks of less than {gib(whole)}, and fits down to {gib(shared)}; "
             f"here a rank has {gib(tuner.machine.memory)}"
-            if shared < whole
+            if shared < whole and gib(shared) != gib(whole)
             else f"FSDP saves no memory here: {gib(shared)} instead of {gib(whole)} on a rank, for blocks on their way"
         )
     return lines
@@ -278,5 +279,7 @@ def _against_the_others(tuner: Tuner, shapes: Sequence[ResolvedParams], num_rank
 
 
 def gib(num_bytes: float) -> str:
-    """In the unit that shows something."""
-    return f"{num_bytes / GIB:.1f} GiB" if num_bytes >= 0.1 * GIB else f"{num_bytes / 2**20:.1f} MiB"
+    """Three digits that tell: in GiB, and in MiB below one."""
+    value, unit = (num_bytes / GIB, "GiB") if num_bytes >= GIB else (num_bytes / MIB, "MiB")
+    decimals = 2 - math.floor(math.log10(value)) if value else 0
+    return f"{value:.{max(decimals, 0)}f} {unit}"

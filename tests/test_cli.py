@@ -12,14 +12,17 @@ import time
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from launch.cli import main
+from launch.cli import COMMANDS, main
 from launch.flags import LATER
+from launch.generator import Result
 from launch.options import BOOLEANS, CONFIG, SAMPLING
 from runtime.config import Config
 from runtime.errors import StartFailed
 from runtime.models.card import FAMILIES
+from runtime.protocol import Usage
 from runtime.sampling import SamplingParams
 
 ROOT = Path(__file__).parents[1]
@@ -282,14 +285,21 @@ def test_generate_says_that_http_settings_have_no_effect(meaning, capsys, tmp_pa
     assert notes == ["note: no effect on generate: host, port (it starts no HTTP server)"]
 
 
+def test_what_is_refused_is_not_noted_first(started, capsys):
+    assert main(["generate", "--prompt", "a", "--port", "99999"]) == 2
+    assert capsys.readouterr().err == "error: port: 99999 is not a port; take 0 (any free one) to 65535\n"
+
+
 def test_unused_variables_are_named_in_one_line(started, capsys, monkeypatch):
     monkeypatch.setenv("SGLANG_A", "1")
     monkeypatch.setenv("SGLANG_DIFFUSION_ATTENTION_CONFIG", "x.json")
     monkeypatch.setenv("FRAMEMESH_NUM_GPU", "2")
+    monkeypatch.setenv("FRAMEMESH_TOKEN", "2")
     assert main(["serve", "--port=0"]) == 0
     assert capsys.readouterr().err.splitlines() == [
         "warning: set, but without effect here: SGLANG_A, SGLANG_DIFFUSION_ATTENTION_CONFIG",
         "warning: FRAMEMESH_NUM_GPU is no setting; did you mean FRAMEMESH_NUM_GPUS?",
+        "warning: FRAMEMESH_TOKEN is no setting",
     ]
 
 
@@ -304,13 +314,19 @@ def broken_folder(tmp_path, break_it):
 
 
 BAD_LINES = [
-    ("generate --num-gps 2", "--num-gps", "Did you mean --num-gpus?"),
+    ("generate --num-gps 2", "--num-gps: is no flag of generate", "; did you mean --num-gpus?"),
+    ("generate --num_gps=2", "--num-gps: is no flag of generate", "; did you mean --num-gpus?"),
+    ("serve extra", "extra: is too much; `framemesh serve --help`", ""),
+    ("cancel a b", "b: is too much; `framemesh cancel --help`", ""),
     ("serve --prompt fox", "--prompt", "no flag of serve"),
     ("genrate", '"genrate"', 'Did you mean "generate"?'),
     ("generate stray", "stray", ""),
     ("generate --prompt a curious fox", "--prompt", "'curious' is too many"),
     ("generate --seed", "--seed", "requires an argument"),
     ("generate --lora-path", "--lora-path", "needs a value"),
+    ("serve --served-model-name", "--served-model-name", "needs a value"),
+    ("serve --served-model-name --port 0", "--served-model-name", "needs a value"),
+    ("serve --served-model-name= --port 0", "served_model_name", "holds an empty name"),
     ("generate --seed 1 --seed 2", "--seed", "multiple times"),
     ("generate --num-gpus 2.5", "--num-gpus", "no whole number"),
     ("generate --num-gpus two", "--num-gpus", "two"),
@@ -320,7 +336,7 @@ BAD_LINES = [
     ("generate --prompt a --num-gpus 4 --sp-degree 2", "sp_degree", "= 2 ranks != 4"),
     ("generate --prompt a --num-gpus 0", "num_gpus", "1 or more"),
     ("generate --prompt a --num-gpus 6 --ulysses-degree 6", "ulysses_degree", "ulysses(6) > 4 attention heads"),
-    ("generate --prompt a --enable-cfg-parallel", "enable_cfg_parallel", "cfg(2) does not divide 1 ranks"),
+    ("generate --prompt a --enable-cfg-parallel", "enable_cfg_parallel", "cfg(2) does not divide 1 rank (num_gpus)"),
     ("serve --port 0 --dist-backend nccl", "dist_backend", "take gloo on the CPU"),
     ("serve --port 0 --num-gpus 2 --dist-backend staged", "dist_backend", "CPU tensors go over gloo"),
     ("serve --port 0 --num-gpus 2 --ulysses-degree 2 --sp-engine yunchang", "sp_engine", "take native on the CPU"),
@@ -346,10 +362,13 @@ BAD_LINES = [
     ("generate --prompt a --output-file-name a.gif", "output_file_name", ".mp4"),
     ("generate --prompt a --output-file-name a", "output_file_name", ".mp4"),
     ("generate --prompt a --output-file-name .mp4", "output_file_name", ".mp4"),
+    (f"generate --prompt a --output-file-name {'x' * 250}.mp4", "output_file_name", "255 bytes"),
     ("generate --prompt a --return-frames", "return_frames", "Python SDK"),
     ("run --prompt a --no-save-output", "save_output", "always saves"),
     ("generate --prompt a --model-path ./nowhere", "model_path", "no folder ./nowhere"),
     ("generate --prompt a --output-path /dev/null/x", "output_path", "cannot be written"),
+    ("serve --port 0 --spool-dir /proc/x", "spool_dir", "/proc/x cannot be written"),
+    ("mesh --spool-dir /dev/null/x", "spool_dir", "/dev/null/x cannot be written"),
     ("serve --port 70000", "port", "0 (any free one) to 65535"),
     ("serve --host nowhere.invalid", "host", "nowhere.invalid"),
     ("serve --config nowhere.json", "--config", "cannot be read: No such file"),
@@ -369,6 +388,18 @@ def test_bad_lines_end_before_anything_starts(started, capsys, line, name, hint)
     assert hint in error
     assert not started
     assert not list(Path().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        (["serve", "--bogus"], "--bogus: is no flag of serve"),
+        (["serve", "--no-bogus", "3"], "--no-bogus: is no flag of serve"),
+        (["gateway", "--num-gps", "3"], "--num-gps: is no flag of gateway"),
+    ],
+)
+def test_only_what_is_near_and_of_use_is_suggested(capsys, words, refused):
+    assert refusal(capsys, words) == refused
 
 
 BAD_FILES = [
@@ -437,7 +468,7 @@ def test_the_trial_of_the_output_folder_leaves_no_trace(started, tmp_path):
     assert main(["generate", "--prompt", "a", "--output-path", "new/deep"]) == 0
     assert not list(tmp_path.iterdir())
     (tmp_path / "new").mkdir()
-    assert main(["generate", "--prompt", "a", "--output-path", "new/deep"]) == 0
+    assert main(["generate", "--prompt", "a", "--output-path", "new/deep", "--spool-dir", "new/spool"]) == 0
     assert not list((tmp_path / "new").iterdir())
 
 
@@ -510,6 +541,43 @@ def test_env_prints_the_rows_of_the_machine(monkeypatch, capsys):
     assert capsys.readouterr().out == "gpu     none\nmemory  8 GiB\n"
 
 
+# What --help says
+
+
+@pytest.fixture
+def help_of(monkeypatch, capsys):
+    """What a command's --help says on a wide terminal, as one line without its frame."""
+    monkeypatch.setenv("COLUMNS", "500")
+
+    def of(*words):
+        assert main([*words, "--help"]) == 0
+        return " ".join(capsys.readouterr().out.replace("│", " ").split())
+
+    return of
+
+
+def test_help_joins_the_lines_of_a_text_and_shows_no_empty_default(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "500")
+    for command in ("serve", "generate"):
+        assert main([command, "--help"]) == 0
+        out = capsys.readouterr().out
+        assert "the others are aliases. Unset: the model path. " in out
+        assert "default: ()" not in out
+        assert 'default: ""' not in out
+        assert "[default: 30000]" in out
+        assert "Usage: framemesh" in out
+
+
+@pytest.mark.parametrize("command", [command.__name__ for command in COMMANDS])
+def test_help_speaks_of_keys_and_variables_where_there_are_some(help_of, command):
+    said = "also a key of the --config file" in help_of(command)
+    assert said == (command in {"serve", "mesh", "gateway", "generate", "run", "doctor"})
+
+
+def test_help_names_both_kinds_of_models(help_of):
+    assert "Serve diffusion image and video models" in help_of()
+
+
 # How it ends
 
 
@@ -528,11 +596,36 @@ def test_an_exit_code_from_below_is_passed_on(started, monkeypatch, capsys):
     assert capsys.readouterr().err == ""
 
 
+def test_a_picture_and_the_contact_sheet_of_a_video_of_the_same_name_do_not_meet(tmp_path, monkeypatch, capsys):
+    class Mesh:
+        card = types.SimpleNamespace(task_type="T2V")
+
+        def __init__(self, config, folder, *, on_state):
+            pass
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def generate(self, params, *, on_event):
+            frames = np.zeros((params.num_frames, 64, 64, 3), np.uint8)
+            return Result(frames, {"seed": 1, "fps": 16, "timings": {}}, Usage())
+
+    monkeypatch.setattr("launch.serve.Generator", Mesh)
+    line = ["generate", "--prompt", "a", "--save-output", "--output-path", str(tmp_path)]
+    for frames, name in ((17, "star.mp4"), (1, "star.png")):
+        assert main([*line, "--num-frames", str(frames), "--output-file-name", name]) == 0
+    capsys.readouterr()
+    assert {path.name for path in tmp_path.iterdir()} == {"star.mp4", "star.sheet.png", "star.png"}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["serve", "--num-gps", "2"], "Did you mean --num-gpus?"),
+        (["serve", "--num-gps", "2"], "did you mean --num-gpus?"),
         (["generate", "--prompt", "a", "--model-path", "./nowhere"], "no folder ./nowhere"),
         (["generate", "--prompt", "a", "--num-gpus", "4", "--ring-degree", "3"], "!= 4 (num_gpus)"),
     ],
@@ -545,10 +638,33 @@ def test_a_real_process_refuses_without_a_traceback(words, message):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--help"],
+        ["models"],
+        ["doctor", "--model-path", "./nowhere"],
+        ["tune", "--dry-run", "--machine", "cpu-gloo"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_nobody_reads_and_it_ends_quietly(words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-P", "-m", "launch", *words]
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, text=True, env=environ, timeout=60, check=False
+    )
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (141, "")
+
+
+@pytest.mark.slow
 def test_help_and_version_import_nothing_heavy():
     program = """
 import sys
-from launch.cli import main
+from launch.cli import COMMANDS, main
 codes = [main(words) for words in (["--help"], ["--version"], ["generate", "--help"], ["serve", "-h"], [])]
 heavy = {"torch", "diffusers", "transformers", "fastapi", "numpy", "av", "huggingface_hub", "zmq", "sqlalchemy"}
 print(codes, sorted(heavy & sys.modules.keys()), file=sys.stderr)
@@ -557,6 +673,25 @@ print(codes, sorted(heavy & sys.modules.keys()), file=sys.stderr)
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environ, check=True)
     assert done.stderr.splitlines() == ["[0, 0, 0, 0, 0] []"]
     assert "--ulysses-degree" in done.stdout
+
+
+@pytest.mark.slow
+def test_ctrl_c_during_the_imports_ends_with_130():
+    program = """
+import os, runpy, signal, sys
+class Interrupt:
+    def find_spec(self, name, path=None, target=None):
+        if name == "cyclopts":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupt())
+sys.argv = ["framemesh", "serve", "--port", "0"]
+runpy.run_module("launch", run_name="__main__")
+"""
+    environ = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, env=environ, timeout=60, check=False
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
 
 
 @pytest.mark.slow
@@ -569,7 +704,7 @@ def serve(config, folder):
     time.sleep(60)
 module.serve = serve
 sys.modules["launch.serve"] = module
-from launch.cli import main
+from launch.cli import COMMANDS, main
 sys.exit(main(["serve", "--port", "0"]))
 """
     environ = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -116,6 +116,11 @@ def test_groups_without_a_branch_do_sequence_parallelism(layout, branches, heads
     assert found in layouts_of(layout, Model(heads)) or branches > layout.cfg
 
 
+def test_a_layout_is_written_as_its_equation():
+    assert str(Layout(2, 3, 4)) == "cfg(2) * ring(3) * ulysses(4) = 24 ranks"
+    assert str(Layout()) == "cfg(1) * ring(1) * ulysses(1) = 1 rank"
+
+
 @pytest.mark.parametrize("layout", [Layout(2, 3, 4), Layout(1, 4, 2), Layout(3, 1, 1), Layout(2, 2, 2)])
 def test_groups_cut_the_mesh(layout):
     sizes = {"cfg": layout.cfg, "ring": layout.ring, "ulysses": layout.ulysses, "sp": layout.sp}

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import io
+import json
+import sys
 
 import msgspec
 import pytest
 
 from bench.simulate import (
+    HOME,
     Costs,
     ItemDone,
     RecordingScheduler,
@@ -18,6 +21,7 @@ from bench.simulate import (
     Unit,
     average,
     learn,
+    main,
     measured_units,
     measured_weather,
     quantile,
@@ -200,6 +204,26 @@ def test_figures():
     merged = average([{"mean_s": 1.0, "slo": 0.5}, {"mean_s": 3.0, "slo": 0.5}])
     assert merged["mean_s"] == 2.0
     assert merged["slo_95"] == 0.0
+
+
+def test_a_plot_without_matplotlib_is_refused_before_the_study(monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setattr("bench.simulate._study", lambda args: pytest.fail("it ran"))
+    with pytest.raises(SystemExit):
+        main(["--workload", "mix", "--plot", "x.png"])
+    assert "pip install -e '.[bench]'" in capsys.readouterr().err
+
+
+def test_a_replay_is_kept_under_a_name_only(tmp_path, monkeypatch, capsys):
+    trace, kept = tmp_path / "trace.jsonl", tmp_path / "simulate_mine.json"
+    write_trace(MIX.trace(2.0, 1, 3), trace)
+    monkeypatch.setattr("bench.report.RESULTS", tmp_path)
+    words = ["--trace", str(trace), "--constants", str(HOME / MIX.constants), "--policies", "fifo", "--seeds", "1"]
+    main(words)
+    assert json.loads(capsys.readouterr().out)["rows"][0]["policy"] == "fifo"
+    assert list(tmp_path.iterdir()) == [trace]
+    main([*words, "--name", "mine"])
+    assert json.loads(kept.read_text())["trace"] == "trace.jsonl"
 
 
 def test_what_a_recorded_run_teaches_replays_it():

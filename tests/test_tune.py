@@ -2,7 +2,10 @@
 
 import json
 import math
+import signal
 import struct
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +16,9 @@ from tiny_wan import DEMO
 
 from bench import parallel
 from launch.cli import main
+from launch.observe import TUNE, read_mesh_file, sweep_dead_folders
 from launch.options import take_in
+from launch.process import child_environment
 from launch.sizes import read_weights
 from launch.tune import write_profile
 from runtime import traffic
@@ -24,7 +29,7 @@ from runtime.machine import Machine, load_machine
 from runtime.models.card import card_for, read_configs
 from runtime.sampling import SamplingParams
 from runtime.traffic import Work, step_traffic
-from runtime.tune import GIB, Candidate, Tuner, Weights, crossover, crossovers, layouts, why
+from runtime.tune import GIB, Candidate, Tuner, Weights, crossover, crossovers, gib, layouts, why
 
 WORK = Work(tokens=1000, width=64, heads=4, attentions=3, branches=2, latents=4000)
 SHAPE = SamplingParams(prompt="a", height=720, width=1280, num_frames=81, guidance_scale=5.0)
@@ -213,6 +218,16 @@ def test_no_crossover_is_told_where_there_is_none():
     small = Tuner(demo.card, demo.configs, Weights(10e6, 8e6, 2, 0, 0), demo.machine)
     _, useless = crossovers(small, [shape], shape, 2)
     assert useless.startswith("FSDP saves no memory here: ")
+    # Nor does one of which two figures would look the same.
+    small = Tuner(demo.card, demo.configs, Weights(10e6, 4.99e6, 2, 0, 0), demo.machine)
+    _, useless = crossovers(small, [shape], shape, 2)
+    assert useless.startswith("FSDP saves no memory here: ")
+
+
+def test_bytes_are_written_with_three_digits_that_tell():
+    sizes = (0, 300 << 10, 102.3 * 2**20, 0.2 * GIB, 1000 * 2**20, 1.13 * GIB, 1.09 * GIB, 50.8 * GIB, 1300 * GIB)
+    expected = ["0 MiB", "0.293 MiB", "102 MiB", "205 MiB", "1000 MiB", "1.13 GiB", "1.09 GiB", "50.8 GiB", "1300 GiB"]
+    assert [gib(size) for size in sizes] == expected
 
 
 def test_weights_that_are_read_bound_a_small_step(folder):
@@ -437,6 +452,41 @@ def test_an_image_model_is_tuned_with_and_without_its_guidance_branches(tmp_path
         assert main([*words, "--true-cfg-scale", scale, "--profile-file", str(file)]) == 0
         layouts = {row["layout"] for row in json.loads(file.read_text())["layouts"]}
         assert ("cfg2" in layouts) == (branches == 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_while_it_measures_leaves_nothing_behind(number, short_tmp):
+    """The mesh is stopped and the folder gone; after a SIGKILL the next start sweeps it."""
+    program = """
+import sys, time, launch.generator
+from launch.cli import main
+class Mesh:
+    def __init__(self, config, folder): pass
+    def __enter__(self): return self
+    def __exit__(self, *_): print("stopped", flush=True)
+    def generate(self, params):
+        print("up", flush=True)
+        time.sleep(60)
+launch.generator.Generator = Mesh
+sys.exit(main(["tune", "--machine", "cpu-gloo"]))
+"""
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(
+        command, env=child_environment({}), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=short_tmp
+    ) as process:
+        assert process.stdout.readline() == "up\n"
+        (place,) = short_tmp.glob("framemesh-*")
+        assert read_mesh_file(place).role == TUNE
+        assert main(["jobs"]) == 1, "it is no mesh"
+        process.send_signal(number)
+        out, err = process.communicate(timeout=20)
+    if number == signal.SIGKILL:
+        sweep_dead_folders()
+    else:
+        assert (process.returncode, out) == (130, "stopped\n")
+        assert "Traceback" not in err
+    assert not place.exists()
 
 
 @pytest.mark.slow

@@ -62,7 +62,7 @@ def test_the_wheel_generates_a_video_outside_the_checkout(clean_venv, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "outputs" / "my clip.mp4").stat().st_size > 1000
-    assert (tmp_path / "outputs" / "my clip.png").is_file()
+    assert (tmp_path / "outputs" / "my clip.sheet.png").is_file()
 
 
 @pytest.mark.slow
