@@ -205,6 +205,24 @@ def test_leaving_and_reloading_cancels_nothing_and_finds_what_runs(visit, gatewa
     assert not fake.cancelled
 
 
+def test_a_list_that_was_not_answered_is_asked_for_again(visit, fake):
+    fake.held = {"denoise:2"}
+    ask(visit(), "the running one")
+    fake.wait_for("denoise:2")
+    answers = iter(["abort"])
+
+    def fail_once(route):
+        if next(answers, "") == "abort":
+            route.abort()
+        else:
+            route.continue_()
+
+    page = visit(before=lambda page: page.route("**/v1/videos?*", fail_once))
+    expect(page.locator("#prompt-shown")).to_have_text("the running one")
+    fake.release()
+    expect(page.locator("#now")).to_have_text("Done")
+
+
 def test_a_failure_is_told_in_the_words_of_the_api(visit, fake):
     fake.failures = {"denoise:2": ("out_of_memory", "64x64 does not fit; take a smaller size")}
     page = visit()

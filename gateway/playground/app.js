@@ -656,7 +656,7 @@ class VideoList {
     this.hasMore = false;
   }
 
-  /** The newest page again; pages that were loaded behind it stay. */
+  /** The newest page again, or null without an answer; pages that were loaded behind it stay. */
   async refresh() {
     try {
       const page = await getJson(`v1/videos?limit=${JOBS_PER_PAGE}`);
@@ -667,7 +667,7 @@ class VideoList {
       this.drawMore();
       return page.data;
     } catch {
-      return []; // the header says when the server does not answer
+      return null; // the header says when the server does not answer
     }
   }
 
@@ -1070,11 +1070,12 @@ const list = new VideoList();
 
 /** Open what the address names, or else what runs. */
 async function openFirst() {
-  const listed = await list.refresh();
+  let listed = null;
+  while (!keyWanted && !(listed = await list.refresh())) await sleep(JOBS_EVERY_MS);
   const named = location.hash.slice(1);
   const video = named
     ? await getJson(pathOf(named)).catch(() => null)
-    : listed.find((listedVideo) => !isOver(listedVideo));
+    : listed?.find((listedVideo) => !isOver(listedVideo));
   if (video && !stage.job) stage.openVideo(video);
 }
 
