@@ -114,6 +114,8 @@ class FakeMesh:
     """A gateway that gives back more than it took exceeds what it granted first."""
     chunks: list[tuple[str, int, int]] = field(default_factory=list)
     """(request, attempt, first frame) of every chunk that was sent."""
+    untold: set[str] = field(default_factory=set)
+    """Marks of which no progress is told: the scheduler is silent about steps within an item, and frames overtake."""
     repeats: list[str] = field(default_factory=list)
     """Requests of which the next chunk is sent twice."""
     previews: list[tuple[str, int, int]] = field(default_factory=list)
@@ -419,7 +421,8 @@ class FakeMesh:
         steps, chunks = request.params.num_inference_steps, self.card.decode_chunks(request.params)
 
         def tell(stage: str, step: int, total: int, eta_s: float, position: int = 0) -> None:
-            self._tell(gateway, Progress(request.id, stage, step, total, eta_s, position))
+            if f"{stage}:{step}" not in self.untold:
+                self._tell(gateway, Progress(request.id, stage, step, total, eta_s, position))
 
         tell("queued", 0, steps, 4.0, 1)
         yield "queued"

@@ -296,6 +296,27 @@ def test_frames_arrive_while_the_rest_is_still_being_decoded(gateway, fake):
     assert done == gateway.video(video_id)
 
 
+@pytest.mark.parametrize("overtaken", [False, True], ids=["told", "frames first"])
+def test_whatever_decodes_has_done_all_its_steps(gateway, fake, overtaken):
+    """The scheduler tells of the ends of items: of the last one only that the request decodes."""
+    fake.untold = {"denoise:3", "denoise:4"} | ({"decode:0"} if overtaken else set())
+    fake.held = {"decode:1"}
+    video_id = gateway.create()
+    fake.wait_for("decode:1")
+    eventually(lambda: gateway.video(video_id)["stage"] == "decode")
+    assert gateway.video(video_id)["step"] == 4
+    with gateway.follow(video_id) as following:
+        fake.release()
+        events = list(following)
+    told = [(name, data.get("stage") or data.get("step")) for _, name, data in events if name in {"stage", "step"}]
+    told.remove(("stage", "deliver"))
+    assert told == [
+        ("stage", "encode"), ("stage", "denoise"), ("step", 1), ("step", 2), ("step", 4), ("stage", "decode"),
+    ]  # fmt: skip
+    assert next(data["progress"] for _, name, data in events if data.get("step") == 4) == 90
+    assert (events[-1][2]["step"], events[-1][2]["progress"]) == (4, 100)
+
+
 def test_the_mesh_hears_stored_only_after_the_file_is_there(gateway, fake, monkeypatch):
     slow, seen = threading.Event(), []
     real = runner_module.Recording.finish
