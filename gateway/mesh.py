@@ -296,11 +296,8 @@ class Mesh:
             del self._inboxes[request.id]
             if inbox.unconsumed:
                 await self._tell(Grant(inbox.unconsumed))
-            if inbox in self._outbox:
-                # A cancel that overtakes its submit is a cancel of nothing: the request would run for nobody.
-                self._outbox.remove(inbox)
-            elif not ended:
-                await self.cancel(request.id, "the submitter left")
+            if not self._withdraw(inbox) and not ended:
+                await self._tell(Cancel(request.id, "the submitter left"))
 
     @property
     def dropped_messages(self) -> int:
@@ -327,7 +324,20 @@ class Mesh:
             return None
 
     async def cancel(self, request_id: str, reason: str) -> None:
-        await self._tell(Cancel(request_id, reason))
+        """Its `run()` ends as cancelled, with what it took, when its item does."""
+        inbox = self._inboxes.get(request_id)
+        if inbox is not None and self._withdraw(inbox):
+            self._deliver(request_id, RequestFailed(request_id, "cancelled", reason))
+        else:
+            await self._tell(Cancel(request_id, reason))
+
+    def _withdraw(self, inbox: _Inbox) -> bool:
+        """Whether it was still to be submitted, and is not any more. A cancel that overtakes its submit is a cancel of
+        nothing: the request would run for nobody."""
+        waiting = inbox in self._outbox
+        if waiting:
+            self._outbox.remove(inbox)
+        return waiting
 
     def take_away(self, request_id: str) -> None:
         """End a request's `run()` with Moved; what has arrived is consumed before."""

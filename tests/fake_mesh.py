@@ -334,7 +334,8 @@ class FakeMesh:
         running = self._running.get(message.request_id)
         if running is not None and running.gateway == gateway:
             del self._running[message.request_id]
-        self._tell(gateway, Cancelled(message.request_id, message.reason))
+        usage = Usage() if running is None else Usage(0.1, 0.3, 1, 5_000_000)
+        self._tell(gateway, Cancelled(message.request_id, message.reason, usage))
 
     def _answer(self, observer: bytes, prefix: str) -> None:
         self.looks += 1

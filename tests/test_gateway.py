@@ -512,11 +512,25 @@ def test_cancel_at_any_stage(gateway, fake, mark):
         fake.wait_for(mark)
         answer = gateway.http.post(f"/v1/videos/{video_id}/cancel").json()
         assert (answer["status"], answer["error"]["code"]) == ("cancelled", "cancelled")
+        assert answer["error"]["message"] == "cancelled by the client"
+        assert answer["usage"] == {"queue_s": 0.1, "rank_seconds": 0.3, "attempts": 1, "peak_memory_mb": 4.8}
         last = list(following)[-1]
     assert (last[1], last[2]["error"]["code"]) == ("error", "cancelled")
     assert gateway.http.post(f"/v1/videos/{video_id}/cancel").json()["status"] == "cancelled"
     assert fake.cancelled == [video_id]
     assert list(gateway.videos.iterdir()) == []
+
+
+def test_a_cancel_does_not_wait_for_ever_for_what_the_job_took(gateway, fake, monkeypatch):
+    monkeypatch.setattr(runner_module, "USAGE_PATIENCE_S", 0.2)
+    fake.held, fake.loses_cancels = {"denoise:2"}, True
+    video_id = gateway.create()
+    fake.wait_for("denoise:2")
+    began = time.monotonic()
+    answer = gateway.http.post(f"/v1/videos/{video_id}/cancel").json()
+    assert (answer["status"], answer["usage"]["rank_seconds"]) == ("cancelled", 0)
+    assert 0.2 <= time.monotonic() - began < 2
+    eventually(lambda: fake.cancelled == [video_id] * 2)
 
 
 def test_a_finished_job_is_not_cancelled(gateway, fake):

@@ -43,6 +43,8 @@ MODEL_PATIENCE_S = 3.0
 CANCEL_PATIENCE_S = 5.0
 """How long a cancel waits for the gateway that works on the job."""
 CANCEL_POLL_S = 0.2
+USAGE_PATIENCE_S = 2.0
+"""How long a cancel waits for the scheduler's word on what the job took; it comes when its item ends."""
 DENOISE_SHARE = 90
 """Percent of the progress at which the first frame appears."""
 
@@ -294,6 +296,9 @@ class JobRunner:
         if live is None or live.task is None:
             await self._cancel_elsewhere(job_id, reason)
             return
+        if live.model.mesh.model is not None:
+            await live.model.mesh.cancel(job_id, reason)
+            await asyncio.wait([live.task], timeout=USAGE_PATIENCE_S)
         live.task.cancel()
         await asyncio.wait([live.task])
         try:
