@@ -25,6 +25,7 @@ from runtime.errors import NotReady, PeerGone, RequestFailed, StartFailed
 from runtime.log import get_logger
 from runtime.models.card import Card, card_for
 from runtime.protocol import (
+    CANCELLED,
     Cancel,
     Cancelled,
     Completed,
@@ -327,7 +328,7 @@ class Mesh:
         """Its `run()` ends as cancelled, with what it took, when its item does."""
         inbox = self._inboxes.get(request_id)
         if inbox is not None and self._withdraw(inbox):
-            self._deliver(request_id, RequestFailed(request_id, "cancelled", reason))
+            self._deliver(request_id, RequestFailed(request_id, CANCELLED, reason))
         else:
             await self._tell(Cancel(request_id, reason))
 
@@ -456,10 +457,8 @@ class Mesh:
                 self.on_state()
             case Completed():
                 self._deliver(message.request_id, message)
-            case Failed():
-                self._fail(message, message.code)
-            case Cancelled():
-                self._fail(message, "cancelled")
+            case Failed() | Cancelled():
+                self._deliver(message.request_id, _failure(message))
 
     async def _welcomed(self, epoch: int) -> None:
         """Tell a scheduler that does not know us who we are and what we still want of it."""
@@ -510,9 +509,6 @@ class Mesh:
             self.state = state
             self._changed.notify_all()
         self.on_state()
-
-    def _fail(self, news: Failed | Cancelled, code: str) -> None:
-        self._deliver(news.request_id, RequestFailed(news.request_id, code, news.reason, news.usage))
 
     def _see_status(self, status: Status) -> None:
         if status.prefix:
@@ -578,6 +574,10 @@ class Mesh:
         inbox = self._inboxes.get(request_id)
         if inbox is not None:
             inbox.events.put_nowait((event, self._epoch))
+
+
+def _failure(news: Failed | Cancelled) -> RequestFailed:
+    return RequestFailed(news.request_id, news.code, news.reason, news.usage)
 
 
 def _pixels(received: Received[FramesChunk]) -> NDArray[np.uint8] | None:

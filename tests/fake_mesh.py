@@ -18,6 +18,7 @@ from runtime.errors import PeerGone
 from runtime.layout import Layout
 from runtime.models.card import Card, card_for, read_configs
 from runtime.protocol import (
+    TIMED_OUT,
     Cancel,
     Cancelled,
     Completed,
@@ -413,7 +414,9 @@ class FakeMesh:
         running.mark = next(running.life, "end")
         if running.mark in self.failures:
             code, reason = self.failures[running.mark]
-            self._tell(running.gateway, Failed(running.request.id, code, reason, Usage(0.1, 0.7, 3, 5_000_000)))
+            request_id, usage = running.request.id, Usage(0.1, 0.7, 3, 5_000_000)
+            timed_out = Cancelled(request_id, reason, usage, code)
+            self._tell(running.gateway, timed_out if code == TIMED_OUT else Failed(request_id, code, reason, usage))
         if running.mark in {"end", *self.failures}:
             self._running.pop(running.request.id, None)
 

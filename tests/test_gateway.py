@@ -521,6 +521,20 @@ def test_cancel_at_any_stage(gateway, fake, mark):
     assert list(gateway.videos.iterdir()) == []
 
 
+def test_a_timeout_of_its_own_is_told_from_a_cancel(gateway, fake):
+    fake.failures = {"denoise:2": ("timed_out", "its timeout of 1 s passed in denoising, after step 2 of 4")}
+    video = gateway.wait(gateway.create(timeout=1), "failed")
+    assert (video["error"]["code"], video["error"]["type"]) == ("timed_out", "invalid_request_error")
+    assert (video["finished_reason"], video["usage"]["attempts"]) == ("timed_out", 3)
+    seen = 'framemesh_requests_total{finished_reason="timed_out",model="demo"} 1.0'
+    assert seen in gateway.http.get("/metrics").text
+    for path in ("/v1/videos/sync", "/v1/images/generations"):
+        answer = gateway.http.post(path, json={"prompt": "a", "timeout": 1})
+        # The OpenAI SDK repeats 408 as well as whatever is 500 or more.
+        assert (answer.status_code, answer.headers["x-should-retry"]) == (400, "false")
+        assert answer.json()["error"] == video["error"]
+
+
 def test_a_cancel_does_not_wait_for_ever_for_what_the_job_took(gateway, fake, monkeypatch):
     monkeypatch.setattr(runner_module, "USAGE_PATIENCE_S", 0.2)
     fake.held, fake.loses_cancels = {"denoise:2"}, True
