@@ -102,6 +102,8 @@ class FakeMesh:
     folder: Path
     ready: bool = True
     steps_sleep_s: float = 0.0
+    slowness: float = 1.0
+    """Scales the seconds that it says it took."""
     submitted: list[Request] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
@@ -456,11 +458,12 @@ class FakeMesh:
         yield "deliver"
         self.completed.append(request.id)
         timings = {"queued": 0.1, "encode": 0.2, "denoise": 0.5, "decode": 0.2, "total": 1.0}
+        timings = {stage: self.slowness * seconds for stage, seconds in timings.items()}
         self._tell(gateway, Completed(request.id, timings, Usage(0.1, 1.8, request.attempt + 1, 5_000_000)))
 
     def _send_frames(self, gateway: bytes, request: Request, pixels: np.ndarray, first: int) -> None:
         count, height, width, _ = pixels.shape
-        total, timings = request.params.num_frames, {"encode": 0.2, "denoise": 0.5}
+        total, timings = request.params.num_frames, {"encode": 0.2 * self.slowness, "denoise": 0.5 * self.slowness}
         chunk = FramesChunk(request.id, request.attempt, first, count, total, height, width, timings)
         if self._send_chunk(gateway, chunk, pixels):
             self.chunks.append((request.id, request.attempt, first))
