@@ -154,7 +154,8 @@ class Generation(BaseModel):
             raise InvalidInput("size", f'{self.size!r} is not of the form "WIDTHxHEIGHT", e.g. "832x480"')
         width, height = int(match[1]), int(match[2])
         if self.width not in {None, width} or self.height not in {None, height}:
-            given = f"width={self.width}, height={self.height}"
+            sides = {"width": self.width, "height": self.height}
+            given = ", ".join(f"{name}={side}" for name, side in sides.items() if side is not None)
             raise InvalidInput("size", f"{self.size} contradicts {given}; give one of the two")
         return width, height
 

@@ -129,20 +129,26 @@ REFUSED = [
     ({"json": {"prompt": None}}, 400, "prompt", "missing_required_parameter", "required"),
     ({"json": {"seed": 1}}, 400, "prompt", "missing_required_parameter", "required"),
     ({"json": {"prompt": " "}}, 400, "prompt", "missing_required_parameter", "empty"),
-    ({"json": {"prompt": 3}}, 400, "prompt", "invalid_value", "string"),
-    ({"json": {"prompt": "a", "seed": "x"}}, 400, "seed", "invalid_value", "integer"),
-    ({"json": {"prompt": "a", "seed": True}}, 400, "seed", "invalid_value", "number"),
+    ({"json": {"prompt": 3}}, 400, "prompt", "invalid_value", "prompt: 3 should be a valid string"),
+    ({"json": {"prompt": ["a"]}}, 400, "prompt", "invalid_value", "prompt: a list should be a valid string"),
+    ({"json": {"prompt": {"a": 1}}}, 400, "prompt", "invalid_value", "prompt: an object should be a valid string"),
+    ({"json": {"prompt": "a", "output_format": "avi"}}, 400, "output_format", "invalid_value", "'avi' should be 'mp4'"),
+    ({"json": {"prompt": "a", "output_format": "\n" + "x" * 999}}, 400, "output_format", "invalid_value",
+     "output_format: '\\n" + "x" * 39 + "…' should be 'mp4'"),
+    ({"json": {"prompt": "a", "seed": "x"}}, 400, "seed", "invalid_value", "'x' should be a valid integer"),
+    ({"json": {"prompt": "a", "seed": True}}, 400, "seed", "invalid_value", "seed: true must be a number"),
     ({"json": {"prompt": "a", "seed": -1}}, 400, "seed", "invalid_value", "out of range"),
     ({"json": {"prompt": "a", "seed": 2**63}}, 400, "seed", "invalid_value", "less than"),
     ({"json": {"prompt": "a", "num_frames": 18}}, 400, "num_frames", "invalid_value", "17 and 21"),
-    ({"json": {"prompt": "a", "num_frames": 10**30}}, 400, "num_frames", "invalid_value", ""),
+    ({"json": {"prompt": "a", "num_frames": 10**30}}, 400, "num_frames", "invalid_value", "very many digits"),
+    ({"json": {"prompt": "a", "size": "0x64"}}, 400, "size", "invalid_value", "0 is too small; take at least 16"),
     ({"json": {"prompt": "a", "fps": 0}}, 400, "fps", "invalid_value", "1 to 240"),
     ({"json": {"prompt": "a", "num_inference_steps": 0}}, 400, "num_inference_steps", "invalid_value", "1 to 1000"),
     ({"json": {"prompt": "a", "guidance_scale": "nan"}}, 400, "guidance_scale", "invalid_value", "finite"),
     ({"json": {"prompt": "a", "width": 100}}, 400, "width", "invalid_value", "96 and 112"),
     ({"json": {"prompt": "a", "size": "100x64"}}, 400, "size", "invalid_value", "96 and 112"),
     ({"json": {"prompt": "a", "size": "large"}}, 400, "size", "invalid_value", "WIDTHxHEIGHT"),
-    ({"json": {"prompt": "a", "size": "96x64", "width": 64}}, 400, "size", "invalid_value", "contradicts"),
+    ({"json": {"prompt": "a", "size": "96x64", "width": 64}}, 400, "size", "invalid_value", "contradicts width=64;"),
     ({"json": {"prompt": "a", "seconds": 0}}, 400, "seconds", "invalid_value", "greater than 0"),
     ({"json": {"prompt": "a", "seconds": "4s"}}, 400, "seconds", "invalid_value", "number"),
     ({"json": {"prompt": "a", "seconds": 1e308}}, 400, "seconds", "invalid_value", "less than"),
@@ -160,11 +166,11 @@ REFUSED = [
      "invalid_image", "PNG, JPEG or WebP"),
     ({"files": {"prompt": (None, "a"), "input_reference[image_url]": (None, "x")}}, 400, "input_reference",
      "invalid_url", "https://"),
-    ({"files": {"prompt": JPEG_FILE}}, 400, "prompt", "invalid_value", "string"),
+    ({"files": {"prompt": JPEG_FILE}}, 400, "prompt", "invalid_value", "prompt: a file should be a valid string"),
     ({"files": [("prompt", (None, "a")), ("prompt", (None, "b"))]}, 400, "prompt", "invalid_value", "twice"),
     ({"files": {"prompt[]": (None, "a")}}, 400, "prompt", "invalid_value", "string"),
     ({"json": [1]}, 400, "body", "invalid_json", "object"),
-    ({"content": b""}, 400, "body", "invalid_json", "JSON"),
+    ({"content": b""}, 400, "body", "invalid_json", "body: is empty; send a JSON object"),
     ({"content": b'{"prompt": "\\ud800"}'}, 400, "body", "invalid_json", "JSON"),
     ({"content": b"\xff\xfe"}, 400, "body", "invalid_json", "JSON"),
     ({"content": b'{"a":' * 20_000}, 400, "body", "invalid_json", "JSON"),
@@ -187,6 +193,17 @@ def test_bad_input_is_refused_by_name_and_nothing_is_submitted(gateway, fake):
         assert "traceback" not in answer.text.lower()
     assert gateway.http.get("/v1/videos").json()["data"] == []
     assert fake.submitted == []
+
+
+def test_what_a_query_says_is_refused_in_the_same_words(gateway):
+    for name, value, said in [
+        ("limit", "0", "limit: '0' should be greater than or equal to 1"),
+        ("limit", "x", "limit: 'x' should be a valid integer"),
+        ("order", "up", "order: 'up' should be 'asc' or 'desc'"),
+        ("after", "x" * 50, f"after: '{'x' * 40}…' should match pattern"),
+    ]:
+        error = gateway.http.get("/v1/videos", params={name: value}).json()["error"]
+        assert error["message"].startswith(said)
 
 
 def test_a_long_text_in_a_form_reaches_our_own_check(start):

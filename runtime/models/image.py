@@ -145,8 +145,10 @@ class ImageCard:
         chosen, multiple = int(self._default(name, value)), self.spatial * PACK
         if chosen > 8192:
             raise InvalidInput(name, f"{chosen} is too large; take at most 8192")
-        if chosen < multiple or chosen % multiple:
-            low = max(chosen // multiple * multiple, multiple)
+        if chosen < multiple:
+            raise InvalidInput(name, f"{chosen} is too small; take at least {multiple}")
+        if chosen % multiple:
+            low = chosen // multiple * multiple
             raise InvalidInput(
                 name, f"{chosen} is not a multiple of {multiple}; the nearest are {low} and {low + multiple}"
             )

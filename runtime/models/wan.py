@@ -168,8 +168,10 @@ class WanCard:
         chosen = int(self._default(name, value))
         if chosen > 8192:
             raise InvalidInput(name, f"{chosen} is too large; take at most 8192")
-        low = max(chosen // multiple * multiple, multiple)
-        if chosen < multiple or chosen % multiple:
+        if chosen < multiple:
+            raise InvalidInput(name, f"{chosen} is too small; take at least {multiple}")
+        if chosen % multiple:
+            low = chosen // multiple * multiple
             raise InvalidInput(
                 name, f"{chosen} is not a multiple of {multiple}; the nearest are {low} and {low + multiple}"
             )
