@@ -22,11 +22,11 @@ from gateway.inputs import Given, Source, read_sources
 from gateway.jobs.store import Job
 from gateway.media.formats import GIF_MAX_FPS, VideoFormat
 from gateway.media.stills import StillFormat
-from runtime.errors import InvalidInput
+from runtime.errors import UNSUPPORTED_PARAMETER, InvalidInput
 from runtime.models.card import Card
 from runtime.sampling import ResolvedParams, SamplingParams
 
-UNSUPPORTED = ("unsupported_value", "unsupported_parameter")
+UNSUPPORTED = ("unsupported_value", UNSUPPORTED_PARAMETER)
 """Codes of refusals that leniency turns into warnings."""
 SIZE = re.compile(r"(\d{1,5})[xX×](\d{1,5})")
 SIZES = "^([0-9]{1,5}[xX×][0-9]{1,5}|auto)$"

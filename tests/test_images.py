@@ -328,7 +328,7 @@ REFUSED = [
     ({"partial_images": 2}, "partial_images", "invalid_value", "stream=true only"),
     ({"stream_options": {"include_progress": True}}, "stream_options", "invalid_value", "stream=true only"),
     ({"user": "u" * 513}, "user", "invalid_value", "512"),
-    ({"true_cfg_scale": 3}, "true_cfg_scale", "invalid_value", "image models"),
+    ({"true_cfg_scale": 3}, "true_cfg_scale", "unsupported_parameter", "image models"),
     ({"model": "flux"}, "model", "model_not_found", "does not exist here"),
     ({"prompt": "red " * 600}, "prompt", "string_above_max_length", "shorten"),
 ]

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import ftfy
 
 from runtime.bounds import MAX_PROMPT_CHARS
-from runtime.errors import InvalidInput
+from runtime.errors import UNSUPPORTED_PARAMETER, InvalidInput
 from runtime.sampling import ResolvedParams, SamplingParams
 
 TEXT_TOKENS = 512
@@ -97,7 +97,9 @@ class WanCard:
         if not 0 <= guidance <= 100:
             raise InvalidInput("guidance_scale", f"{guidance} is out of range; take 0 to 100 (1 or less: no guidance)")
         if params.true_cfg_scale is not None and params.true_cfg_scale > 1:
-            raise InvalidInput("true_cfg_scale", "is for image models; Wan's is guidance_scale")
+            raise InvalidInput(
+                "true_cfg_scale", "is for image models; Wan's is guidance_scale", code=UNSUPPORTED_PARAMETER
+            )
         return ResolvedParams(
             prompt=params.prompt,
             negative_prompt=params.negative_prompt or "",
