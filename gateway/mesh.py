@@ -61,6 +61,8 @@ MESH_LOST = "mesh_lost"
 """The code of requests that end because the mesh did."""
 DRAINING = "draining"
 """The code of requests that came too late."""
+NO_NEW_WORK = "draining: no new work is taken"
+"""True of a server that stops, and of a gateway that outlives the meshes that do."""
 ANSWER_S = 2.0
 """How long a scheduler may take to say whether it has a request."""
 
@@ -383,8 +385,7 @@ class Mesh:
 
     def _check_open(self, resumed: bool) -> None:
         if self.state.draining and not resumed:
-            reason = "draining: the server is shutting down and takes no new work"
-            raise NotReady(reason, draining=True)
+            raise NotReady(NO_NEW_WORK, draining=True)
 
     async def _consumed(self, inbox: _Inbox, frames: Frames, epoch: int | None) -> None:
         if epoch == self._epoch:

@@ -514,7 +514,7 @@ class Scheduler:
         """(code, reason) for what cannot be taken. What was accepted before is taken by a draining mesh too."""
         accepted = record.request.attempt > 0 or record.id in self.found.saved
         if self.draining and not accepted:
-            return "draining", "the server is shutting down and takes no new work"
+            return "draining", "the mesh is draining and takes no new work"
         if record.gateway not in self._gateways:
             return "gateway_lost", "its gateway was given up; nobody would take the frames"
         return None

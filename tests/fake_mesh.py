@@ -350,7 +350,7 @@ class FakeMesh:
         """A request that runs already goes on for the gateway that asks for it now."""
         running = self._running.get(request.id)
         if running is None and self.draining:
-            self._tell(gateway, Failed(request.id, "draining", "the server is shutting down and takes no new work"))
+            self._tell(gateway, Failed(request.id, "draining", "the mesh is draining and takes no new work"))
         elif running is None:
             running = self._running[request.id] = _Running(request, gateway, iter(()))
             running.life = self._live(running)

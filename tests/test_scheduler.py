@@ -1299,7 +1299,7 @@ def test_a_draining_mesh_finishes_and_refuses(mesh):
     mesh.submit("a", "b")
     mesh.scheduler.drain(None, mesh.now)
     mesh.submit("late")
-    assert mesh.ends == {"late": Failed("late", "draining", "the server is shutting down and takes no new work")}
+    assert mesh.ends == {"late": Failed("late", "draining", "the mesh is draining and takes no new work")}
     mesh.run()
     assert isinstance(mesh.ends["a"], Completed)
     assert isinstance(mesh.ends["b"], Completed)

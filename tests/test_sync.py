@@ -158,7 +158,7 @@ def test_somebody_else_may_cancel_it(gateway, fake, method):
 
 
 def test_a_mesh_that_drains_is_a_503_and_nothing_waits_for_the_next_one(gateway, fake):
-    fake.failures = {"queued": ("draining", "the server is shutting down")}
+    fake.failures = {"queued": ("draining", "the mesh is draining and takes no new work")}
     answer = gateway.http.post(PATH, json=BODY)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
     assert "retry-after" in answer.headers

@@ -25,7 +25,7 @@ from gateway.jobs.outputs import Outputs, Recording
 from gateway.jobs.store import DENOISED, Asked, Job, JobStore, Order, Page, Status, fingerprint
 from gateway.jobs.webhooks import Webhooks
 from gateway.media.stills import preview_still
-from gateway.mesh import DRAINING, Frames, Preview
+from gateway.mesh import DRAINING, NO_NEW_WORK, Frames, Preview
 from gateway.metrics import Metrics
 from gateway.replies import error_object
 from gateway.stream import EventLog, as_base64, encode_stills, ending
@@ -272,7 +272,7 @@ class JobRunner:
         if live is not None and live.task is not None:
             await asyncio.wait([live.task])
             if live.too_late:
-                raise NotReady("draining: the server is shutting down and takes no new work", draining=True)
+                raise NotReady(NO_NEW_WORK, draining=True)
         job = await self._known(job_id, live)
         events = self.follow(job) if live is None else live.log
         if events is not None:
