@@ -17,6 +17,7 @@ from starlette.responses import Response
 from starlette.routing import Match
 
 from gateway.auth import Authentication, Keyring
+from gateway.body import wrong_value
 from gateway.catalog import Catalog
 from gateway.delivery import Delivery
 from gateway.inputs import Inputs
@@ -158,7 +159,7 @@ def _validation_failed(_request: Request, error: Any) -> Response:
     """A path, query or header parameter; bodies are checked in gateway.schema."""
     first = error.errors()[0]
     param = str(first["loc"][-1])
-    return error_reply(400, f"{param}: {first['msg']}", param, "invalid_value")
+    return error_reply(400, f"{param}: {wrong_value(first['msg'], first['input'])}", param, "invalid_value")
 
 
 def _http_exception(request: Request, error: Any) -> Response:

@@ -26,6 +26,10 @@ MAX_FORM_FILES = 32
 """More than any endpoint takes, so that it is the endpoint that says how many."""
 MAX_PART_BYTES = 70_000_000
 """Starlette's own 1 MB would refuse an image given as a data URL before anybody could say what is wrong with it."""
+MOST_SHOWN = 40
+"""Characters of a wrong value that an error repeats."""
+SHOWN = {dict: "an object", list: "a list", Upload: "a file", int: "a number of very many digits"}
+"""What an error says instead of a value that it cannot repeat."""
 LARGE_BYTES = 1_000_000
 """Bodies beyond it are not decoded in the event loop."""
 
@@ -55,7 +59,7 @@ async def read_body(request: Request, kind: type[Body], lists: Collection[str] =
     try:
         body = kind.model_validate(fields)
     except ValidationError as error:
-        raise _as_invalid_input(error, kind) from error
+        raise _complain(error.errors(include_url=False)[0], kind) from error
     if lenient and isinstance(body, Generation):
         body.be_lenient(ignored)
     return body
@@ -145,6 +149,8 @@ def _split_form(raw: bytes) -> list[tuple[str, str]]:
 
 
 def _decode_object(field: str, raw: bytes | str) -> Fields:
+    if not raw.strip():
+        raise InvalidInput(field, "is empty; send a JSON object", code="invalid_json")
     try:
         return msgspec.json.decode(raw, type=Fields)
     except (msgspec.DecodeError, UnicodeEncodeError, RecursionError) as error:
@@ -207,11 +213,6 @@ def _merge_nested(fields: Fields) -> Fields:
     return fields
 
 
-def _as_invalid_input(error: ValidationError, kind: type[BaseModel]) -> InvalidInput:
-    """The first complaint."""
-    return _complain(error.errors(include_url=False)[0], kind)
-
-
 def _complain(first: ErrorDetails, kind: type[BaseModel]) -> InvalidInput:
     """In OpenAI's words."""
     field = str(first["loc"][0]) if first["loc"] else "body"
@@ -221,5 +222,19 @@ def _complain(first: ErrorDetails, kind: type[BaseModel]) -> InvalidInput:
         near = difflib.get_close_matches(field, kind.model_fields, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         return InvalidInput(field, f"is no parameter of this endpoint{hint}", code="unknown_parameter")
-    message = first["msg"].removeprefix("Value error, ").removeprefix("Input ")
-    return InvalidInput(field, message[0].lower() + message[1:])
+    return InvalidInput(field, wrong_value(first["msg"], first["input"]))
+
+
+def wrong_value(message: str, given: object) -> str:
+    """A sentence of pydantic's about a value, with the value: `'avi' should be 'mp4' or 'gif'`."""
+    said = re.sub("^(Value error, )?(Input |String )?", "", message)
+    return f"{_shown(given)} {said[0].lower()}{said[1:]}"
+
+
+def _shown(given: object) -> str:
+    """As short as a message may have it, whatever was sent."""
+    if isinstance(given, str):
+        return repr(given if len(given) <= MOST_SHOWN else given[:MOST_SHOWN] + "…")
+    if isinstance(given, float) or (isinstance(given, int) and given.bit_length() <= 64):
+        return str(given).lower()
+    return SHOWN.get(type(given), "this")

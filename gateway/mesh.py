@@ -25,6 +25,7 @@ from runtime.errors import NotReady, PeerGone, RequestFailed, StartFailed
 from runtime.log import get_logger
 from runtime.models.card import Card, card_for
 from runtime.protocol import (
+    CANCELLED,
     Cancel,
     Cancelled,
     Completed,
@@ -60,6 +61,8 @@ MESH_LOST = "mesh_lost"
 """The code of requests that end because the mesh did."""
 DRAINING = "draining"
 """The code of requests that came too late."""
+NO_NEW_WORK = "draining: no new work is taken"
+"""True of a server that stops, and of a gateway that outlives the meshes that do."""
 ANSWER_S = 2.0
 """How long a scheduler may take to say whether it has a request."""
 
@@ -296,11 +299,8 @@ class Mesh:
             del self._inboxes[request.id]
             if inbox.unconsumed:
                 await self._tell(Grant(inbox.unconsumed))
-            if inbox in self._outbox:
-                # A cancel that overtakes its submit is a cancel of nothing: the request would run for nobody.
-                self._outbox.remove(inbox)
-            elif not ended:
-                await self.cancel(request.id, "the submitter left")
+            if not self._withdraw(inbox) and not ended:
+                await self._tell(Cancel(request.id, "the submitter left"))
 
     @property
     def dropped_messages(self) -> int:
@@ -327,7 +327,20 @@ class Mesh:
             return None
 
     async def cancel(self, request_id: str, reason: str) -> None:
-        await self._tell(Cancel(request_id, reason))
+        """Its `run()` ends as cancelled, with what it took, when its item does."""
+        inbox = self._inboxes.get(request_id)
+        if inbox is not None and self._withdraw(inbox):
+            self._deliver(request_id, RequestFailed(request_id, CANCELLED, reason))
+        else:
+            await self._tell(Cancel(request_id, reason))
+
+    def _withdraw(self, inbox: _Inbox) -> bool:
+        """Whether it was still to be submitted, and is not any more. A cancel that overtakes its submit is a cancel of
+        nothing: the request would run for nobody."""
+        waiting = inbox in self._outbox
+        if waiting:
+            self._outbox.remove(inbox)
+        return waiting
 
     def take_away(self, request_id: str) -> None:
         """End a request's `run()` with Moved; what has arrived is consumed before."""
@@ -372,8 +385,7 @@ class Mesh:
 
     def _check_open(self, resumed: bool) -> None:
         if self.state.draining and not resumed:
-            reason = "draining: the server is shutting down and takes no new work"
-            raise NotReady(reason, draining=True)
+            raise NotReady(NO_NEW_WORK, draining=True)
 
     async def _consumed(self, inbox: _Inbox, frames: Frames, epoch: int | None) -> None:
         if epoch == self._epoch:
@@ -446,10 +458,8 @@ class Mesh:
                 self.on_state()
             case Completed():
                 self._deliver(message.request_id, message)
-            case Failed():
-                self._fail(message, message.code)
-            case Cancelled():
-                self._fail(message, "cancelled")
+            case Failed() | Cancelled():
+                self._deliver(message.request_id, _failure(message))
 
     async def _welcomed(self, epoch: int) -> None:
         """Tell a scheduler that does not know us who we are and what we still want of it."""
@@ -500,9 +510,6 @@ class Mesh:
             self.state = state
             self._changed.notify_all()
         self.on_state()
-
-    def _fail(self, news: Failed | Cancelled, code: str) -> None:
-        self._deliver(news.request_id, RequestFailed(news.request_id, code, news.reason, news.usage))
 
     def _see_status(self, status: Status) -> None:
         if status.prefix:
@@ -568,6 +575,10 @@ class Mesh:
         inbox = self._inboxes.get(request_id)
         if inbox is not None:
             inbox.events.put_nowait((event, self._epoch))
+
+
+def _failure(news: Failed | Cancelled) -> RequestFailed:
+    return RequestFailed(news.request_id, news.code, news.reason, news.usage)
 
 
 def _pixels(received: Received[FramesChunk]) -> NDArray[np.uint8] | None:

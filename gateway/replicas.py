@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from gateway.mesh import DEFAULT_TERMS, DRAINING, MESH_LOST, Event, Frames, Mesh, Moved
+from gateway.mesh import DEFAULT_TERMS, DRAINING, MESH_LOST, NO_NEW_WORK, Event, Frames, Mesh, Moved
 from runtime.errors import NotReady, RequestFailed
 from runtime.log import get_logger
 from runtime.models.card import Card
@@ -333,8 +333,7 @@ class Replicas:
     def _check_open(self) -> None:
         """Raises NotReady if nothing is left but meshes that drain."""
         if all(replica.closed for replica in self._replicas) and any(mesh.state.draining for mesh in self.meshes):
-            reason = "draining: the server is shutting down and takes no new work"
-            raise NotReady(reason, draining=True)
+            raise NotReady(NO_NEW_WORK, draining=True)
 
     def _reason(self) -> str:
         """ "ready", or who is not and why."""

@@ -10,10 +10,11 @@ import msgspec
 from starlette.responses import Response
 
 from gateway.jobs.store import Job
-from runtime.protocol import Usage
+from runtime.protocol import CANCELLED, TIMED_OUT, Usage
 
-FAILURES = {"out_of_memory": 400, "cancelled": 400, "draining": 503, "gateway_lost": 503}
-"""Status of a call that waited for work that failed, by the reason's code; everything else is 500."""
+FAILURES = {"out_of_memory": 400, CANCELLED: 400, TIMED_OUT: 400, "draining": 503, "gateway_lost": 503}
+"""Status of a call that waited for work that failed, by the reason's code; everything else is 500. What a timeout of
+the client's own ended would end so again: no status may make an SDK repeat it."""
 CODES = {
     400: "bad_request",
     401: "invalid_api_key",
@@ -100,7 +101,7 @@ def total_usage(text_tokens: int, usages: Sequence[Usage]) -> dict[str, Any]:
 
 def error_object(job: Job) -> dict[str, Any]:
     """Why a job ended without a video."""
-    kind = "server_error" if job.status == "failed" else "invalid_request_error"
+    kind = "invalid_request_error" if job.error_code in {CANCELLED, TIMED_OUT} else "server_error"
     return error_body(job.error_message or "", kind, None, job.error_code)["error"]
 
 

@@ -22,11 +22,11 @@ from gateway.inputs import Given, Source, read_sources
 from gateway.jobs.store import Job
 from gateway.media.formats import GIF_MAX_FPS, VideoFormat
 from gateway.media.stills import StillFormat
-from runtime.errors import InvalidInput
+from runtime.errors import UNSUPPORTED_PARAMETER, InvalidInput
 from runtime.models.card import Card
 from runtime.sampling import ResolvedParams, SamplingParams
 
-UNSUPPORTED = ("unsupported_value", "unsupported_parameter")
+UNSUPPORTED = ("unsupported_value", UNSUPPORTED_PARAMETER)
 """Codes of refusals that leniency turns into warnings."""
 SIZE = re.compile(r"(\d{1,5})[xX×](\d{1,5})")
 SIZES = "^([0-9]{1,5}[xX×][0-9]{1,5}|auto)$"
@@ -154,7 +154,8 @@ class Generation(BaseModel):
             raise InvalidInput("size", f'{self.size!r} is not of the form "WIDTHxHEIGHT", e.g. "832x480"')
         width, height = int(match[1]), int(match[2])
         if self.width not in {None, width} or self.height not in {None, height}:
-            given = f"width={self.width}, height={self.height}"
+            sides = {"width": self.width, "height": self.height}
+            given = ", ".join(f"{name}={side}" for name, side in sides.items() if side is not None)
             raise InvalidInput("size", f"{self.size} contradicts {given}; give one of the two")
         return width, height
 

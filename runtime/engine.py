@@ -139,7 +139,7 @@ class Engine:
                 self._scheduler.granted(sender, message.credits)
             case Drain():
                 self._scheduler.drain(message.timeout_s, now)
-                self._reason = "the server is shutting down"
+                self._reason = "draining"
                 self._announce(now)
             case Observe():
                 self._answer(sender, message, now)
@@ -232,7 +232,7 @@ class Engine:
 
     def _check_group(self, now: float) -> None:
         if self._roster.complete:
-            self._reason = "the server is shutting down" if self._scheduler.draining else "ready"
+            self._reason = "draining" if self._scheduler.draining else "ready"
             self._scheduler.limits.device_memory = self._roster.device_memory or None
             self._scheduler.group_ready(self._roster.memory_budget or None)
         self._announce(now)

@@ -18,6 +18,10 @@ if TYPE_CHECKING:
     from runtime.protocol import Usage
 
 
+UNSUPPORTED_PARAMETER = "unsupported_parameter"
+"""The code of a parameter that this model has no use for, whatever its value; a lenient server ignores it."""
+
+
 class FramemeshError(Exception):
     """Root of everything this project raises on purpose."""
 

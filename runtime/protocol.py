@@ -49,6 +49,8 @@ from runtime.layout import Layout
 from runtime.sampling import ResolvedParams
 
 PROTOCOL_VERSION = 2
+CANCELLED = "cancelled"
+TIMED_OUT = "timed_out"
 
 Ranks = Annotated[tuple[Rank, ...], Meta(max_length=65_536)]
 Ids = Annotated[tuple[Id, ...], Meta(max_length=MAX_REQUESTS)]
@@ -192,6 +194,8 @@ class Cancelled(Message, frozen=True):
     request_id: Id
     reason: str
     usage: Usage = Usage()
+    code: Word = CANCELLED
+    """`TIMED_OUT` if nobody cancelled it but its own timeout."""
 
 
 class MeshState(Message, frozen=True):

@@ -8,7 +8,7 @@ from collections.abc import Hashable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from runtime.protocol import Request, SavedState, Usage
+from runtime.protocol import CANCELLED, Request, SavedState, Usage
 from runtime.sampling import preview_steps
 
 
@@ -77,6 +77,7 @@ class RequestRecord:
     running: bool = False
     """It is in an item now, so no other item may touch it."""
     cancel_reason: str | None = None
+    cancel_code: str = CANCELLED
     stored: bool = False
     """The gateway has all its frames."""
     rank_seconds: float = 0.0

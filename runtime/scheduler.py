@@ -32,6 +32,8 @@ from runtime.outlook import outlook
 from runtime.planner import Choice, Emit, Enter, Planner, Step, Waiting
 from runtime.predictions import Predictions, item_size
 from runtime.protocol import (
+    CANCELLED,
+    TIMED_OUT,
     Cancelled,
     Completed,
     Decode,
@@ -158,7 +160,9 @@ class Scheduler:
             elif gateway != record.gateway and gateway in self._gateways:
                 self._adopt(record, gateway, request.attempt, now)
 
-    def cancel(self, request_id: str, reason: str, now: float, gateway: bytes | None = None) -> None:
+    def cancel(
+        self, request_id: str, reason: str, now: float, gateway: bytes | None = None, code: str = CANCELLED
+    ) -> None:
         """Queued work ends now, running work when its item does.
 
         A gateway cancels what is its own: one from which another took a request over has nothing to say about it.
@@ -169,7 +173,7 @@ class Scheduler:
             return
         if gateway not in {None, record.gateway}:
             return
-        record.cancel_reason = reason
+        record.cancel_reason, record.cancel_code = reason, code
         self._settle(record, now)
 
     def stored(self, gateway: bytes, request_id: str, now: float) -> None:
@@ -424,7 +428,7 @@ class Scheduler:
                 continue
             if record.deadline <= now:
                 timeout = record.request.timeout_s
-                self.cancel(request_id, f"its timeout of {timeout:g} s passed in {record.where}", now)
+                self.cancel(request_id, f"its timeout of {timeout:g} s passed in {record.where}", now, code=TIMED_OUT)
             elif record.orphaned_until <= now:
                 self.cancel(request_id, "its gateway is gone", now)
 
@@ -510,7 +514,7 @@ class Scheduler:
         """(code, reason) for what cannot be taken. What was accepted before is taken by a draining mesh too."""
         accepted = record.request.attempt > 0 or record.id in self.found.saved
         if self.draining and not accepted:
-            return "draining", "the server is shutting down and takes no new work"
+            return "draining", "the mesh is draining and takes no new work"
         if record.gateway not in self._gateways:
             return "gateway_lost", "its gateway was given up; nobody would take the frames"
         return None
@@ -593,7 +597,7 @@ class Scheduler:
             completed = Completed(record.id, record.timings(now), record.usage(now))
             self._end(record, Stage.COMPLETED, completed, now)
         else:
-            cancelled = Cancelled(record.id, record.cancel_reason or "", record.usage(now))
+            cancelled = Cancelled(record.id, record.cancel_reason or "", record.usage(now), record.cancel_code)
             self._end(record, Stage.CANCELLED, cancelled, now)
         return True
 

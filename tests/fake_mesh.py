@@ -18,6 +18,7 @@ from runtime.errors import PeerGone
 from runtime.layout import Layout
 from runtime.models.card import Card, card_for, read_configs
 from runtime.protocol import (
+    TIMED_OUT,
     Cancel,
     Cancelled,
     Completed,
@@ -101,6 +102,8 @@ class FakeMesh:
     folder: Path
     ready: bool = True
     steps_sleep_s: float = 0.0
+    slowness: float = 1.0
+    """Scales the seconds that it says it took."""
     submitted: list[Request] = field(default_factory=list)
     batches: list[int] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
@@ -114,6 +117,8 @@ class FakeMesh:
     """A gateway that gives back more than it took exceeds what it granted first."""
     chunks: list[tuple[str, int, int]] = field(default_factory=list)
     """(request, attempt, first frame) of every chunk that was sent."""
+    untold: set[str] = field(default_factory=set)
+    """Marks of which no progress is told: the scheduler is silent about steps within an item, and frames overtake."""
     repeats: list[str] = field(default_factory=list)
     """Requests of which the next chunk is sent twice."""
     previews: list[tuple[str, int, int]] = field(default_factory=list)
@@ -332,7 +337,8 @@ class FakeMesh:
         running = self._running.get(message.request_id)
         if running is not None and running.gateway == gateway:
             del self._running[message.request_id]
-        self._tell(gateway, Cancelled(message.request_id, message.reason))
+        usage = Usage() if running is None else Usage(0.1, 0.3, 1, 5_000_000)
+        self._tell(gateway, Cancelled(message.request_id, message.reason, usage))
 
     def _answer(self, observer: bytes, prefix: str) -> None:
         self.looks += 1
@@ -344,7 +350,7 @@ class FakeMesh:
         """A request that runs already goes on for the gateway that asks for it now."""
         running = self._running.get(request.id)
         if running is None and self.draining:
-            self._tell(gateway, Failed(request.id, "draining", "the server is shutting down and takes no new work"))
+            self._tell(gateway, Failed(request.id, "draining", "the mesh is draining and takes no new work"))
         elif running is None:
             running = self._running[request.id] = _Running(request, gateway, iter(()))
             running.life = self._live(running)
@@ -410,7 +416,9 @@ class FakeMesh:
         running.mark = next(running.life, "end")
         if running.mark in self.failures:
             code, reason = self.failures[running.mark]
-            self._tell(running.gateway, Failed(running.request.id, code, reason, Usage(0.1, 0.7, 3, 5_000_000)))
+            request_id, usage = running.request.id, Usage(0.1, 0.7, 3, 5_000_000)
+            timed_out = Cancelled(request_id, reason, usage, code)
+            self._tell(running.gateway, timed_out if code == TIMED_OUT else Failed(request_id, code, reason, usage))
         if running.mark in {"end", *self.failures}:
             self._running.pop(running.request.id, None)
 
@@ -419,7 +427,8 @@ class FakeMesh:
         steps, chunks = request.params.num_inference_steps, self.card.decode_chunks(request.params)
 
         def tell(stage: str, step: int, total: int, eta_s: float, position: int = 0) -> None:
-            self._tell(gateway, Progress(request.id, stage, step, total, eta_s, position))
+            if f"{stage}:{step}" not in self.untold:
+                self._tell(gateway, Progress(request.id, stage, step, total, eta_s, position))
 
         tell("queued", 0, steps, 4.0, 1)
         yield "queued"
@@ -449,11 +458,12 @@ class FakeMesh:
         yield "deliver"
         self.completed.append(request.id)
         timings = {"queued": 0.1, "encode": 0.2, "denoise": 0.5, "decode": 0.2, "total": 1.0}
+        timings = {stage: self.slowness * seconds for stage, seconds in timings.items()}
         self._tell(gateway, Completed(request.id, timings, Usage(0.1, 1.8, request.attempt + 1, 5_000_000)))
 
     def _send_frames(self, gateway: bytes, request: Request, pixels: np.ndarray, first: int) -> None:
         count, height, width, _ = pixels.shape
-        total, timings = request.params.num_frames, {"encode": 0.2, "denoise": 0.5}
+        total, timings = request.params.num_frames, {"encode": 0.2 * self.slowness, "denoise": 0.5 * self.slowness}
         chunk = FramesChunk(request.id, request.attempt, first, count, total, height, width, timings)
         if self._send_chunk(gateway, chunk, pixels):
             self.chunks.append((request.id, request.attempt, first))

@@ -471,6 +471,10 @@ def test_strict_refuses_and_lenient_warns(start, fake):
         "quality",
         "style",
     ]
+    other = BODY | {"true_cfg_scale": 4.0}
+    assert lenient.http.post("/v1/videos", json=other).json()["warnings"] == [
+        "true_cfg_scale: is for image models; Wan's is guidance_scale; it was ignored"
+    ]
     # Nonsense stays nonsense.
     assert error_of(lenient.http.post("/v1/videos", json=BODY | {"seed": "x"}), 400)["param"] == "seed"
     assert error_of(lenient.http.post("/v1/videos", json={"seed": 1}), 400)["param"] == "prompt"

@@ -84,8 +84,8 @@ def test_an_unset_seed_is_drawn(card):
         ({"prompt": " \n\t"}, "prompt", "empty"),
         ({"height": 100}, "height", "100 is not a multiple of 16; the nearest are 96 and 112"),
         ({"width": 65}, "width", "the nearest are 64 and 80"),
-        ({"height": 0}, "height", "the nearest are 16 and 32"),
-        ({"width": -16}, "width", "the nearest are 16 and 32"),
+        ({"height": 0}, "height", "0 is too small; take at least 16"),
+        ({"width": -16}, "width", "-16 is too small; take at least 16"),
         ({"width": 8191}, "width", "the nearest are 8176 and 8192"),
         ({"width": 8200}, "width", "8200 is too large; take at most 8192"),
         ({"height": 8208}, "height", "8208 is too large"),
@@ -127,7 +127,7 @@ def test_what_a_refusal_proposes_is_accepted(card, field):
     refusals = [message for value in range(-3, 9000, 97) if (message := refusal_of(card, **{field: value}))]
     assert len(refusals) > 60
     for message in refusals:
-        found = re.search(r"nearest are (\d+) and (\d+)|at most (\d+)|e\.g\. (\d+)", message)
+        found = re.search(r"nearest are (\d+) and (\d+)|at (?:most|least) (\d+)|e\.g\. (\d+)", message)
         assert found is not None, message
         for proposal in filter(None, found.groups()):
             assert refusal_of(card, **{field: int(proposal)}) is None, message

@@ -57,6 +57,7 @@ def test_a_draining_gateway_refuses_new_work_and_serves_the_old(gateway, fake):
         drain(gateway, fake)
         refused = gateway.http.post("/v1/videos", json=BODY)
         assert (refused.status_code, refused.json()["error"]["code"]) == (503, "draining")
+        assert refused.json()["error"]["message"] == "not ready: draining: no new work is taken"
         assert int(refused.headers["retry-after"]) >= 1
         health = gateway.http.get("/health/ready")
         assert (health.status_code, health.json()["status"], health.json()["reason"]) == (503, "draining", "draining")

@@ -725,7 +725,7 @@ def test_a_drain_that_runs_out_of_time_saves_and_leaves(stage):
     item = shared(ranks, Denoise)
     supervisor.send(Drain(0.0))
     state = gateway.expect(MeshState, lambda state: state.draining)
-    assert (state.ready, state.reason) == (False, "the server is shutting down")
+    assert (state.ready, state.reason) == (False, "draining")
     for rank in ranks:
         rank.done(item)
     assert ranks[0].expect(Checkpoint).request_ids == ("r1",)

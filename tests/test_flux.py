@@ -156,7 +156,7 @@ def test_a_resolved_request_can_be_checked_again(real_card, schnell_card):
         ({"num_frames": 5}, "num_frames", "single pictures"),
         ({"fps": 8}, "fps", "single pictures"),
         ({"height": 1000}, "height", "992 and 1008"),
-        ({"width": 8}, "width", "16 and 32"),
+        ({"width": 8}, "width", "8 is too small; take at least 16"),
         ({"width": 9008}, "width", "at most 8192"),
         ({"seed": -1}, "seed", "0 to 2^63"),
         ({"num_inference_steps": 0}, "num_inference_steps", "1 to 1000"),

@@ -129,20 +129,26 @@ REFUSED = [
     ({"json": {"prompt": None}}, 400, "prompt", "missing_required_parameter", "required"),
     ({"json": {"seed": 1}}, 400, "prompt", "missing_required_parameter", "required"),
     ({"json": {"prompt": " "}}, 400, "prompt", "missing_required_parameter", "empty"),
-    ({"json": {"prompt": 3}}, 400, "prompt", "invalid_value", "string"),
-    ({"json": {"prompt": "a", "seed": "x"}}, 400, "seed", "invalid_value", "integer"),
-    ({"json": {"prompt": "a", "seed": True}}, 400, "seed", "invalid_value", "number"),
+    ({"json": {"prompt": 3}}, 400, "prompt", "invalid_value", "prompt: 3 should be a valid string"),
+    ({"json": {"prompt": ["a"]}}, 400, "prompt", "invalid_value", "prompt: a list should be a valid string"),
+    ({"json": {"prompt": {"a": 1}}}, 400, "prompt", "invalid_value", "prompt: an object should be a valid string"),
+    ({"json": {"prompt": "a", "output_format": "avi"}}, 400, "output_format", "invalid_value", "'avi' should be 'mp4'"),
+    ({"json": {"prompt": "a", "output_format": "\n" + "x" * 999}}, 400, "output_format", "invalid_value",
+     "output_format: '\\n" + "x" * 39 + "…' should be 'mp4'"),
+    ({"json": {"prompt": "a", "seed": "x"}}, 400, "seed", "invalid_value", "'x' should be a valid integer"),
+    ({"json": {"prompt": "a", "seed": True}}, 400, "seed", "invalid_value", "seed: true must be a number"),
     ({"json": {"prompt": "a", "seed": -1}}, 400, "seed", "invalid_value", "out of range"),
     ({"json": {"prompt": "a", "seed": 2**63}}, 400, "seed", "invalid_value", "less than"),
     ({"json": {"prompt": "a", "num_frames": 18}}, 400, "num_frames", "invalid_value", "17 and 21"),
-    ({"json": {"prompt": "a", "num_frames": 10**30}}, 400, "num_frames", "invalid_value", ""),
+    ({"json": {"prompt": "a", "num_frames": 10**30}}, 400, "num_frames", "invalid_value", "very many digits"),
+    ({"json": {"prompt": "a", "size": "0x64"}}, 400, "size", "invalid_value", "0 is too small; take at least 16"),
     ({"json": {"prompt": "a", "fps": 0}}, 400, "fps", "invalid_value", "1 to 240"),
     ({"json": {"prompt": "a", "num_inference_steps": 0}}, 400, "num_inference_steps", "invalid_value", "1 to 1000"),
     ({"json": {"prompt": "a", "guidance_scale": "nan"}}, 400, "guidance_scale", "invalid_value", "finite"),
     ({"json": {"prompt": "a", "width": 100}}, 400, "width", "invalid_value", "96 and 112"),
     ({"json": {"prompt": "a", "size": "100x64"}}, 400, "size", "invalid_value", "96 and 112"),
     ({"json": {"prompt": "a", "size": "large"}}, 400, "size", "invalid_value", "WIDTHxHEIGHT"),
-    ({"json": {"prompt": "a", "size": "96x64", "width": 64}}, 400, "size", "invalid_value", "contradicts"),
+    ({"json": {"prompt": "a", "size": "96x64", "width": 64}}, 400, "size", "invalid_value", "contradicts width=64;"),
     ({"json": {"prompt": "a", "seconds": 0}}, 400, "seconds", "invalid_value", "greater than 0"),
     ({"json": {"prompt": "a", "seconds": "4s"}}, 400, "seconds", "invalid_value", "number"),
     ({"json": {"prompt": "a", "seconds": 1e308}}, 400, "seconds", "invalid_value", "less than"),
@@ -160,11 +166,11 @@ REFUSED = [
      "invalid_image", "PNG, JPEG or WebP"),
     ({"files": {"prompt": (None, "a"), "input_reference[image_url]": (None, "x")}}, 400, "input_reference",
      "invalid_url", "https://"),
-    ({"files": {"prompt": JPEG_FILE}}, 400, "prompt", "invalid_value", "string"),
+    ({"files": {"prompt": JPEG_FILE}}, 400, "prompt", "invalid_value", "prompt: a file should be a valid string"),
     ({"files": [("prompt", (None, "a")), ("prompt", (None, "b"))]}, 400, "prompt", "invalid_value", "twice"),
     ({"files": {"prompt[]": (None, "a")}}, 400, "prompt", "invalid_value", "string"),
     ({"json": [1]}, 400, "body", "invalid_json", "object"),
-    ({"content": b""}, 400, "body", "invalid_json", "JSON"),
+    ({"content": b""}, 400, "body", "invalid_json", "body: is empty; send a JSON object"),
     ({"content": b'{"prompt": "\\ud800"}'}, 400, "body", "invalid_json", "JSON"),
     ({"content": b"\xff\xfe"}, 400, "body", "invalid_json", "JSON"),
     ({"content": b'{"a":' * 20_000}, 400, "body", "invalid_json", "JSON"),
@@ -187,6 +193,17 @@ def test_bad_input_is_refused_by_name_and_nothing_is_submitted(gateway, fake):
         assert "traceback" not in answer.text.lower()
     assert gateway.http.get("/v1/videos").json()["data"] == []
     assert fake.submitted == []
+
+
+def test_what_a_query_says_is_refused_in_the_same_words(gateway):
+    for name, value, said in [
+        ("limit", "0", "limit: '0' should be greater than or equal to 1"),
+        ("limit", "x", "limit: 'x' should be a valid integer"),
+        ("order", "up", "order: 'up' should be 'asc' or 'desc'"),
+        ("after", "x" * 50, f"after: '{'x' * 40}…' should match pattern"),
+    ]:
+        error = gateway.http.get("/v1/videos", params={name: value}).json()["error"]
+        assert error["message"].startswith(said)
 
 
 def test_a_long_text_in_a_form_reaches_our_own_check(start):
@@ -294,6 +311,27 @@ def test_frames_arrive_while_the_rest_is_still_being_decoded(gateway, fake):
     assert (done["id"], done["status"], done["progress"]) == (video_id, "completed", 100)
     assert done["timings"]["total"] == 1.0
     assert done == gateway.video(video_id)
+
+
+@pytest.mark.parametrize("overtaken", [False, True], ids=["told", "frames first"])
+def test_whatever_decodes_has_done_all_its_steps(gateway, fake, overtaken):
+    """The scheduler tells of the ends of items: of the last one only that the request decodes."""
+    fake.untold = {"denoise:3", "denoise:4"} | ({"decode:0"} if overtaken else set())
+    fake.held = {"decode:1"}
+    video_id = gateway.create()
+    fake.wait_for("decode:1")
+    eventually(lambda: gateway.video(video_id)["stage"] == "decode")
+    assert gateway.video(video_id)["step"] == 4
+    with gateway.follow(video_id) as following:
+        fake.release()
+        events = list(following)
+    told = [(name, data.get("stage") or data.get("step")) for _, name, data in events if name in {"stage", "step"}]
+    told.remove(("stage", "deliver"))
+    assert told == [
+        ("stage", "encode"), ("stage", "denoise"), ("step", 1), ("step", 2), ("step", 4), ("stage", "decode"),
+    ]  # fmt: skip
+    assert next(data["progress"] for _, name, data in events if data.get("step") == 4) == 90
+    assert (events[-1][2]["step"], events[-1][2]["progress"]) == (4, 100)
 
 
 def test_the_mesh_hears_stored_only_after_the_file_is_there(gateway, fake, monkeypatch):
@@ -491,11 +529,39 @@ def test_cancel_at_any_stage(gateway, fake, mark):
         fake.wait_for(mark)
         answer = gateway.http.post(f"/v1/videos/{video_id}/cancel").json()
         assert (answer["status"], answer["error"]["code"]) == ("cancelled", "cancelled")
+        assert answer["error"]["message"] == "cancelled by the client"
+        assert answer["usage"] == {"queue_s": 0.1, "rank_seconds": 0.3, "attempts": 1, "peak_memory_mb": 4.8}
         last = list(following)[-1]
     assert (last[1], last[2]["error"]["code"]) == ("error", "cancelled")
     assert gateway.http.post(f"/v1/videos/{video_id}/cancel").json()["status"] == "cancelled"
     assert fake.cancelled == [video_id]
     assert list(gateway.videos.iterdir()) == []
+
+
+def test_a_timeout_of_its_own_is_told_from_a_cancel(gateway, fake):
+    fake.failures = {"denoise:2": ("timed_out", "its timeout of 1 s passed in denoising, after step 2 of 4")}
+    video = gateway.wait(gateway.create(timeout=1), "failed")
+    assert (video["error"]["code"], video["error"]["type"]) == ("timed_out", "invalid_request_error")
+    assert (video["finished_reason"], video["usage"]["attempts"]) == ("timed_out", 3)
+    seen = 'framemesh_requests_total{finished_reason="timed_out",model="demo"} 1.0'
+    assert seen in gateway.http.get("/metrics").text
+    for path in ("/v1/videos/sync", "/v1/images/generations"):
+        answer = gateway.http.post(path, json={"prompt": "a", "timeout": 1})
+        # The OpenAI SDK repeats 408 as well as whatever is 500 or more.
+        assert (answer.status_code, answer.headers["x-should-retry"]) == (400, "false")
+        assert answer.json()["error"] == video["error"]
+
+
+def test_a_cancel_does_not_wait_for_ever_for_what_the_job_took(gateway, fake, monkeypatch):
+    monkeypatch.setattr(runner_module, "USAGE_PATIENCE_S", 0.2)
+    fake.held, fake.loses_cancels = {"denoise:2"}, True
+    video_id = gateway.create()
+    fake.wait_for("denoise:2")
+    began = time.monotonic()
+    answer = gateway.http.post(f"/v1/videos/{video_id}/cancel").json()
+    assert (answer["status"], answer["usage"]["rank_seconds"]) == ("cancelled", 0)
+    assert 0.2 <= time.monotonic() - began < 2
+    eventually(lambda: fake.cancelled == [video_id] * 2)
 
 
 def test_a_finished_job_is_not_cancelled(gateway, fake):

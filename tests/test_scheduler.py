@@ -639,7 +639,9 @@ def test_a_timeout_ends_queued_work_on_time(mesh):
     assert mesh.ends == {}
     mesh.now = 5.0
     mesh.settle()
-    assert mesh.ends == {"a": Cancelled("a", "its timeout of 5 s passed in the queued stage", Usage(queue_s=5.0))}
+    assert mesh.ends == {
+        "a": Cancelled("a", "its timeout of 5 s passed in the queued stage", Usage(queue_s=5.0), "timed_out")
+    }
     assert mesh.scheduler.next_deadline() == 9.0
 
 
@@ -647,6 +649,7 @@ def test_a_timeout_ends_running_work_after_its_item(mesh):
     mesh.submit("a", steps=100, timeout_s=1.0)
     mesh.run()
     assert isinstance(mesh.ends["a"], Cancelled)
+    assert mesh.ends["a"].code == "timed_out"
     assert mesh.ends["a"].reason.startswith("its timeout of 1 s passed in denoising, after step ")
     assert 1.0 <= mesh.now <= 1.0 + 2 * ITEM_SECONDS
     assert mesh.states == {}
@@ -1296,7 +1299,7 @@ def test_a_draining_mesh_finishes_and_refuses(mesh):
     mesh.submit("a", "b")
     mesh.scheduler.drain(None, mesh.now)
     mesh.submit("late")
-    assert mesh.ends == {"late": Failed("late", "draining", "the server is shutting down and takes no new work")}
+    assert mesh.ends == {"late": Failed("late", "draining", "the mesh is draining and takes no new work")}
     mesh.run()
     assert isinstance(mesh.ends["a"], Completed)
     assert isinstance(mesh.ends["b"], Completed)

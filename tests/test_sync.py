@@ -81,6 +81,22 @@ def test_the_answer_is_the_video(gateway, form):
     assert gateway.await_(gateway.runner.find(video["id"])).asked.user == "me"
 
 
+@pytest.mark.parametrize("kind", ["mp4", "webm", "gif", "png"])
+def test_a_deterministic_file_is_the_same_however_long_it_took(gateway, fake, kind):
+    body = BODY | {"seed": 7, "output_format": kind}
+    files = {}
+    for fake.slowness in (1.0, 3.0):
+        for deterministic in (True, False):
+            answer = gateway.http.post(PATH, json=body | {"deterministic": deterministic})
+            assert answer.status_code == 200, answer.text
+            files.setdefault(deterministic, []).append(answer)
+    fast, slow = files[True]
+    assert fast.headers["x-timings"] != slow.headers["x-timings"]
+    assert fast.content == slow.content
+    fast, slow = files[False]
+    assert fast.content != slow.content, "any other says how long it took"
+
+
 def test_while_one_waits_the_job_is_like_any_other(gateway, fake):
     fake.held = {"denoise:2"}
     waiting = Waiting(gateway)
@@ -142,7 +158,7 @@ def test_somebody_else_may_cancel_it(gateway, fake, method):
 
 
 def test_a_mesh_that_drains_is_a_503_and_nothing_waits_for_the_next_one(gateway, fake):
-    fake.failures = {"queued": ("draining", "the server is shutting down")}
+    fake.failures = {"queued": ("draining", "the mesh is draining and takes no new work")}
     answer = gateway.http.post(PATH, json=BODY)
     assert (answer.status_code, answer.json()["error"]["code"]) == (503, "draining")
     assert "retry-after" in answer.headers

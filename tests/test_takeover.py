@@ -86,7 +86,7 @@ def content(gateway: Gateway, video_id: str) -> bytes:
 def test_what_another_gateway_does_is_told_from_the_row(pair, fake):
     owner, other = pair
     # A step that comes soon after the last one that was stored is not.
-    fake.held, fake.steps_sleep_s = {"denoise:2"}, 0.3
+    fake.held, fake.steps_sleep_s, fake.untold = {"denoise:2"}, 0.3, {"denoise:4"}
     video_id = owner.create()
     fake.wait_for("denoise:2")
     with following(other, video_id) as told, following(other, video_id, frames="jpeg") as pictures:
@@ -98,9 +98,12 @@ def test_what_another_gateway_does_is_told_from_the_row(pair, fake):
         assert len(mirrors) == 1, "one for all who read"
         fake.held = {"decode:2"}
         eventually(lambda: ("stage", {"stage": "decode"}) in [(name, data) for _, name, data in told])
+        decoding = next(event for event in told if event[1:] == ("stage", {"stage": "decode"}))
         fake.release()
     assert names(told)[0] == "stage"
     assert names(told)[-1] == "done"
+    steps = [data["step"] for _, name, data in told[: told.index(decoding)] if name == "step"]
+    assert steps[-1] == 4, "those that no news told of"
     assert told[-1][2] | {"eta_s": None} == owner.wait(video_id)
     assert frames_of(told) == frames_of(pictures) == list(range(FRAMES))
     assert sum(len(data.get("jpeg", ())) for _, _, data in pictures) == FRAMES

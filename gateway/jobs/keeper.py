@@ -106,5 +106,5 @@ class Keeper:
             await self._hands.lose(job_id)
 
     async def _cancel(self, wanted: dict[str, str]) -> None:
-        for job_id, reason in wanted.items():
-            await self._hands.cancel(job_id, reason)
+        # Side by side: a mesh may be slow to answer, and the leases do not wait.
+        await asyncio.gather(*(self._hands.cancel(job_id, reason) for job_id, reason in wanted.items()))

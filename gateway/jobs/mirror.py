@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 
 from gateway.jobs.database import StoreUnavailable
-from gateway.jobs.store import Job, JobStore
+from gateway.jobs.store import DENOISED, Job, JobStore
 from gateway.replies import error_body
 from gateway.stream import FRAMES_PER_EVENT, EventLog, ending
 from runtime.log import get_logger
@@ -70,8 +70,19 @@ class Mirror:
             await self.log.publish("queued", {"position": job.queue_position, "eta_s": job.eta_s})
 
     async def _tell_progress(self, job: Job) -> None:
+        """The steps before the stage that follows them."""
+        if job.stage in DENOISED:
+            await self._tell_step(job)
+            await self._tell_stage(job)
+        else:
+            await self._tell_stage(job)
+            await self._tell_step(job)
+
+    async def _tell_stage(self, job: Job) -> None:
         if self._told is None or self._told.stage != job.stage:
             await self.log.publish("stage", {"stage": job.stage})
+
+    async def _tell_step(self, job: Job) -> None:
         before = (0, 0) if self._told is None else (self._told.step, self._told.progress)
         if (job.step, job.progress) != before:
             names = ("step", "total_steps", "eta_s", "progress")

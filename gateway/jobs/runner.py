@@ -22,10 +22,10 @@ from gateway.jobs.database import StoreUnavailable
 from gateway.jobs.keeper import Keeper, Lost
 from gateway.jobs.mirror import Mirror
 from gateway.jobs.outputs import Outputs, Recording
-from gateway.jobs.store import Asked, Job, JobStore, Order, Page, Status, fingerprint
+from gateway.jobs.store import DENOISED, Asked, Job, JobStore, Order, Page, Status, fingerprint
 from gateway.jobs.webhooks import Webhooks
 from gateway.media.stills import preview_still
-from gateway.mesh import DRAINING, Frames, Preview
+from gateway.mesh import DRAINING, NO_NEW_WORK, Frames, Preview
 from gateway.metrics import Metrics
 from gateway.replies import error_object
 from gateway.stream import EventLog, as_base64, encode_stills, ending
@@ -43,6 +43,8 @@ MODEL_PATIENCE_S = 3.0
 CANCEL_PATIENCE_S = 5.0
 """How long a cancel waits for the gateway that works on the job."""
 CANCEL_POLL_S = 0.2
+USAGE_PATIENCE_S = 2.0
+"""How long a cancel waits for the scheduler's word on what the job took; it comes when its item ends."""
 DENOISE_SHARE = 90
 """Percent of the progress at which the first frame appears."""
 
@@ -270,7 +272,7 @@ class JobRunner:
         if live is not None and live.task is not None:
             await asyncio.wait([live.task])
             if live.too_late:
-                raise NotReady("draining: the server is shutting down and takes no new work", draining=True)
+                raise NotReady(NO_NEW_WORK, draining=True)
         job = await self._known(job_id, live)
         events = self.follow(job) if live is None else live.log
         if events is not None:
@@ -294,6 +296,9 @@ class JobRunner:
         if live is None or live.task is None:
             await self._cancel_elsewhere(job_id, reason)
             return
+        if live.model.mesh.model is not None:
+            await live.model.mesh.cancel(job_id, reason)
+            await asyncio.wait([live.task], timeout=USAGE_PATIENCE_S)
         live.task.cancel()
         await asyncio.wait([live.task])
         try:
@@ -454,27 +459,32 @@ class JobRunner:
 
     async def _progressed(self, live: LiveJob, event: Progress) -> None:
         job = live.job
-        if job.frames_done and event.stage not in {"decode", "deliver"}:
+        if job.frames_done and event.stage not in DENOISED:
             # Frames come on a socket of their own and may overtake the news that decoding has begun.
             return
-        step = event.step if event.stage == "denoise" else job.step
         queued = event.stage == "queued"
         live.job = msgspec.structs.replace(
             job,
             status="queued" if queued else "in_progress",
             started_at=job.started_at if queued else job.started_at or time.time(),
-            step=step,
-            progress=max(job.progress, DENOISE_SHARE * step // max(job.total_steps, 1)),
             eta_s=round(event.eta_s, 3),
             queue_position=event.queue_position if queued else None,
         )
         if queued:
             await live.log.publish("queued", {"position": event.queue_position, "eta_s": live.job.eta_s})
         await self._enter(live, event.stage)
-        if step > job.step:
+        if event.stage == "denoise":
+            await self._stepped(live, event.step)
+        await self._save(live)
+
+    async def _stepped(self, live: LiveJob, step: int) -> None:
+        """So many are done; after a loss of the workers it may be fewer than before."""
+        before = live.job.step
+        progress = max(live.job.progress, DENOISE_SHARE * step // max(live.job.total_steps, 1))
+        live.job = msgspec.structs.replace(live.job, step=step, progress=progress)
+        if step > before:
             names = ("step", "total_steps", "eta_s", "progress")
             await live.log.publish("step", {name: getattr(live.job, name) for name in names})
-        await self._save(live)
 
     async def _previewed(self, live: LiveJob, preview: Preview) -> None:
         params = live.job.params
@@ -504,6 +514,9 @@ class JobRunner:
     async def _enter(self, live: LiveJob, stage: str) -> None:
         if stage == live.job.stage:
             return
+        if stage in DENOISED:
+            # The news of the item that ends with the last step says only that it decodes.
+            await self._stepped(live, live.job.total_steps)
         log.debug("stage", job=live.job.id, stage=stage, trace=live.job.asked.request_id)
         live.job = msgspec.structs.replace(live.job, stage=stage)
         live.saved_at = 0.0

@@ -48,6 +48,8 @@ from runtime.sampling import ResolvedParams, Terms
 Status = Literal["queued", "in_progress", "completed", "failed", "cancelled"]
 Order = Literal["asc", "desc"]
 UNFINISHED = ("queued", "in_progress")
+DENOISED = ("decode", "deliver")
+"""Stages of a job in which all its steps are done."""
 LEASE_S = 15.0
 ABANDONED_S = 600.0
 """After which a job that no gateway serves the model of is anybody's, to be ended."""

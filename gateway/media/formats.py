@@ -22,8 +22,8 @@ SUFFIXES: dict[VideoFormat, str] = {"mp4": ".mp4", "webm": ".webm", "gif": ".gif
 """Format -> file name ending; PNGs come as a zip of them."""
 # Made for calls: no look ahead, so frames do not pile up in the encoder.
 VP9 = {"deadline": "realtime", "cpu-used": "6", "lag-in-frames": "0", "row-mt": "1", "crf": "24", "b": "0"}
-CLUSTERS = {"cluster_size_limit": str(1 << 20)}
-"""Bytes that the muxer keeps back."""
+WEBM = {"cluster_size_limit": str(1 << 20), "fflags": "bitexact"}
+"""How many bytes the muxer keeps back; and that it draws no random ids, so that the same frames are the same file."""
 GIF_MAX_FPS = 50
 """Players show what is to be shown for less than 20 ms for 100 ms."""
 PALETTE_FRAMES = 5
@@ -70,7 +70,7 @@ class WebmWriter:
     """VP9 in WebM; `metadata` as JSON in the tag ``COMMENT``."""
 
     def __init__(self, path: Path, width: int, height: int, fps: int, metadata: dict[str, object] | None) -> None:
-        self._muxer: Any = av.open(path, "w", format="webm", container_options=CLUSTERS)
+        self._muxer: Any = av.open(path, "w", format="webm", container_options=WEBM)
         if metadata is not None:
             self._muxer.metadata["comment"] = to_json(metadata)
         self._stream = self._muxer.add_stream("libvpx-vp9", rate=fps, options=VP9, width=width, height=height)

@@ -32,6 +32,7 @@ def generation_metadata(params: ResolvedParams, model: str, timings: dict[str, f
         "size": f"{params.width}x{params.height}",
         "num_frames": params.num_frames,
         "fps": params.fps,
+        "deterministic": params.deterministic,
         "timings": timings,
     }
 
@@ -49,8 +50,12 @@ def a1111_line(metadata: dict[str, object]) -> str:
 
 
 def to_json(metadata: dict[str, object]) -> str:
-    """One line of ASCII, so that no container's idea of text encoding can damage it."""
-    return json.dumps(metadata)
+    """One line of ASCII, so that no container's idea of text encoding can damage it.
+
+    A file that is to be the same each time does not tell how long it took.
+    """
+    left_out = {"timings"} if metadata.get("deterministic") else set()
+    return json.dumps({name: value for name, value in metadata.items() if name not in left_out})
 
 
 def version() -> str:

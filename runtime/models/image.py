@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from runtime.bounds import MAX_PROMPT_CHARS
-from runtime.errors import InvalidInput
+from runtime.errors import UNSUPPORTED_PARAMETER, InvalidInput
 from runtime.sampling import ResolvedParams, SamplingParams
 
 PACK = 2
@@ -55,7 +55,9 @@ class ImageCard:
                 raise InvalidInput(name, f"has {length} characters, at most {MAX_PROMPT_CHARS} are taken")
         for name, only in STILL.items():
             if getattr(params, name) not in {None, only}:
-                raise InvalidInput(name, f"{self.pipeline_class} makes single pictures; leave it out")
+                raise InvalidInput(
+                    name, f"{self.pipeline_class} makes single pictures; leave it out", code=UNSUPPORTED_PARAMETER
+                )
         seed = secrets.randbelow(2**31) if params.seed is None else params.seed
         if not 0 <= seed < 2**63:
             raise InvalidInput("seed", f"{seed} is out of range; take 0 to 2^63 - 1")
@@ -79,6 +81,7 @@ class ImageCard:
                 "guidance_scale",
                 f"this {self.pipeline_class} takes no guidance; for classifier-free guidance give true_cfg_scale "
                 "and a negative_prompt",
+                code=UNSUPPORTED_PARAMETER,
             )
         return 1.0
 
@@ -145,8 +148,10 @@ class ImageCard:
         chosen, multiple = int(self._default(name, value)), self.spatial * PACK
         if chosen > 8192:
             raise InvalidInput(name, f"{chosen} is too large; take at most 8192")
-        if chosen < multiple or chosen % multiple:
-            low = max(chosen // multiple * multiple, multiple)
+        if chosen < multiple:
+            raise InvalidInput(name, f"{chosen} is too small; take at least {multiple}")
+        if chosen % multiple:
+            low = chosen // multiple * multiple
             raise InvalidInput(
                 name, f"{chosen} is not a multiple of {multiple}; the nearest are {low} and {low + multiple}"
             )

@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import ftfy
 
 from runtime.bounds import MAX_PROMPT_CHARS
-from runtime.errors import InvalidInput
+from runtime.errors import UNSUPPORTED_PARAMETER, InvalidInput
 from runtime.sampling import ResolvedParams, SamplingParams
 
 TEXT_TOKENS = 512
@@ -97,7 +97,9 @@ class WanCard:
         if not 0 <= guidance <= 100:
             raise InvalidInput("guidance_scale", f"{guidance} is out of range; take 0 to 100 (1 or less: no guidance)")
         if params.true_cfg_scale is not None and params.true_cfg_scale > 1:
-            raise InvalidInput("true_cfg_scale", "is for image models; Wan's is guidance_scale")
+            raise InvalidInput(
+                "true_cfg_scale", "is for image models; Wan's is guidance_scale", code=UNSUPPORTED_PARAMETER
+            )
         return ResolvedParams(
             prompt=params.prompt,
             negative_prompt=params.negative_prompt or "",
@@ -168,8 +170,10 @@ class WanCard:
         chosen = int(self._default(name, value))
         if chosen > 8192:
             raise InvalidInput(name, f"{chosen} is too large; take at most 8192")
-        low = max(chosen // multiple * multiple, multiple)
-        if chosen < multiple or chosen % multiple:
+        if chosen < multiple:
+            raise InvalidInput(name, f"{chosen} is too small; take at least {multiple}")
+        if chosen % multiple:
+            low = chosen // multiple * multiple
             raise InvalidInput(
                 name, f"{chosen} is not a multiple of {multiple}; the nearest are {low} and {low + multiple}"
             )
