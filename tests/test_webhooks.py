@@ -237,6 +237,50 @@ def test_a_url_that_leads_inside_by_now_is_not_called(signing, receiver, logs):
     assert receiver.received == []
 
 
+def test_what_falls_due_between_two_looks_is_not_overlooked(signing, receiver, logs, monkeypatch):
+    """By a gateway that has just come: nothing wakes it."""
+    take = Deliveries.take
+
+    async def take_slowly(*args):
+        delivery = await take(*args)
+        if delivery is None:
+            await asyncio.sleep(1.5)
+        return delivery
+
+    monkeypatch.setattr(webhooks_module, "FIRST_PAUSE_S", 1.0)
+    answers = [Answer(500), Answer(204)]
+    receiver.answer = lambda _received: answers.pop(0)
+    first = signing()
+    first.wait(first.create(num_frames=1, webhook_url=f"{receiver.url}/hook"))
+    eventually(lambda: any(entry.get("outcome") == 500 for entry in logs))
+    first.close()
+    monkeypatch.setattr(Deliveries, "take", take_slowly)
+    signing()
+    eventually(lambda: not answers, 0.7 * webhooks_module.LOOK_EVERY_S)
+
+
+def test_a_delivery_that_was_just_taken_is_given_back_at_the_end(signing, receiver, monkeypatch):
+    """And not at the end of its lease."""
+    taken, take = threading.Event(), Deliveries.take
+
+    async def take_slowly(*args):
+        delivery = await take(*args)
+        if delivery is not None:
+            taken.set()
+            await asyncio.sleep(0.5)
+        return delivery
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Deliveries, "take", take_slowly)
+        first = signing()
+        first.wait(first.create(num_frames=1, webhook_url=f"{receiver.url}/hook"))
+        assert taken.wait(5)
+        first.close()
+    assert receiver.received == []
+    signing()
+    eventually(lambda: receiver.received != [])
+
+
 def test_without_a_secret_nobody_can_ask_for_webhooks(gateway, fake):
     answer = gateway.http.post("/v1/videos", json=BODY | {"webhook_url": "https://example.org/hook"})
     error = answer.json()["error"]

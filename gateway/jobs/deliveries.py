@@ -79,9 +79,9 @@ class Deliveries:
         """
         return await self._store.transact(lambda connection: _take(connection, lease_s, full))
 
-    async def next_at(self) -> float | None:
-        """When the next one will be due (seconds since the epoch) that is not due now."""
-        query = select(func.min(_columns.next_at)).where(_columns.next_at > time.time())
+    async def next_at(self, moment: float) -> float | None:
+        """When the first one was or will be due (seconds since the epoch) that was not due at a moment."""
+        query = select(func.min(_columns.next_at)).where(_columns.next_at > moment)
         return await self._store.transact(lambda connection: connection.scalar(query))
 
     async def postpone(self, delivery: Delivery, next_at: float | None) -> None:

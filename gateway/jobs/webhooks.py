@@ -13,14 +13,16 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import contextlib
 import random
 import secrets
 import stat
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any, TypeVar
 
 import httpx2
 import msgspec
@@ -38,6 +40,7 @@ from runtime.log import get_logger
 
 ANSWER_S = 10.0
 """How long a receiver may take to answer."""
+T = TypeVar("T")
 LEASE_S = 15.0
 """Longer than an attempt; after that another process takes over a delivery whose sender died."""
 FIRST_PAUSE_S = 2.0
@@ -70,6 +73,8 @@ class Webhooks:
         self._signers = [] if config.webhook_secret_file is None else read_secrets(Path(config.webhook_secret_file))
         self._awake = asyncio.Event()
         self._sending: set[asyncio.Task[None]] = set()
+        self._held: dict[str, Delivery] = {}
+        """Taken for ourselves, by id, and without an outcome until now."""
         self._busy: Counter[str] = Counter()
         """Deliveries under way by URL."""
 
@@ -112,6 +117,10 @@ class Webhooks:
                 for task in self._sending:
                     task.cancel()
                 await asyncio.gather(*self._sending, return_exceptions=True)
+                # For whoever comes next, who would wait for the end of our lease.
+                with contextlib.suppress(SQLAlchemyError, StoreUnavailable):
+                    for delivery in self._held.values():
+                        await self._deliveries.postpone(delivery, time.time())
 
     async def _client(self, allow_private: bool) -> httpx2.AsyncClient:
         return await open_client(allow_private=allow_private, timeout_s=ANSWER_S, max_bytes=ANSWER_BYTES)
@@ -125,16 +134,25 @@ class Webhooks:
     async def _deliver_due(self, strangers: httpx2.AsyncClient, own: httpx2.AsyncClient) -> float:
         """Start what may be started; returns the seconds until there may be more to do."""
         try:
+            # What falls due behind our last look must not be overlooked.
+            looked_at = time.time()
             while len(self._sending) < AT_ONCE:
-                delivery = await self._deliveries.take(LEASE_S, self._full_urls())
+                looked_at = time.time()
+                delivery = await _finished(self._take())
                 if delivery is None:
                     break
                 self._start(delivery, own if delivery.url == self._own_url else strangers)
-            next_at = await self._deliveries.next_at()
+            next_at = await self._deliveries.next_at(looked_at)
         except (SQLAlchemyError, StoreUnavailable):
             log.exception("deliveries could not be read")
             return LOOK_EVERY_S
         return LOOK_EVERY_S if next_at is None else max(0.01, min(next_at - time.time(), LOOK_EVERY_S))
+
+    async def _take(self) -> Delivery | None:
+        delivery = await self._deliveries.take(LEASE_S, self._full_urls())
+        if delivery is not None:
+            self._held[delivery.id] = delivery
+        return delivery
 
     def _full_urls(self) -> list[str]:
         return [url for url, count in self._busy.items() if count >= AT_ONCE_PER_URL]
@@ -154,11 +172,11 @@ class Webhooks:
         task.add_done_callback(ended)
 
     async def _deliver(self, delivery: Delivery, http: httpx2.AsyncClient) -> None:
-        try:
-            outcome = await self._post(delivery, http)
-        except asyncio.CancelledError:
-            await self._deliveries.postpone(delivery, time.time())  # for whoever comes next
-            raise
+        outcome = await self._post(delivery, http)
+        del self._held[delivery.id]
+        await _finished(self._note(delivery, outcome))
+
+    async def _note(self, delivery: Delivery, outcome: int | str) -> None:
         about = {"webhook": delivery.id, "job": delivery.job_id, "attempts": delivery.attempts, "outcome": outcome}
         try:
             if isinstance(outcome, int) and 200 <= outcome < 300:
@@ -186,6 +204,16 @@ class Webhooks:
                 return answer.status_code
         except (httpx2.HTTPError, httpx2.InvalidURL) as error:
             return f"{type(error).__name__}: {error}"
+
+
+async def _finished(work: Coroutine[Any, Any, T]) -> T:
+    """Its result. Who is cancelled meanwhile waits for its end: what the database has done has to be known."""
+    task = asyncio.create_task(work)
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
 
 
 def event_body(delivery: Delivery) -> str:
