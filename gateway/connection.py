@@ -57,7 +57,8 @@ async def _render(events: AsyncGenerator[Told, None]) -> AsyncGenerator[bytes, N
     try:
         while True:
             try:
-                told = await asyncio.wait_for(queue.get(), KEEPALIVE_S)
+                async with asyncio.timeout(KEEPALIVE_S):
+                    told = await queue.get()
             except TimeoutError:
                 yield KEEPALIVE_COMMENT
                 continue

@@ -320,7 +320,8 @@ class Mesh:
             await self._tell(Observe())
         answer = self._looking
         try:
-            return await asyncio.wait_for(asyncio.shield(answer), LOOK_S)
+            async with asyncio.timeout(LOOK_S):
+                return await asyncio.shield(answer)
         except TimeoutError:
             if self._looking is answer:
                 self._looking = None
@@ -362,7 +363,8 @@ class Mesh:
         answer = self._asked.setdefault(request_id, asyncio.get_running_loop().create_future())
         await self._tell(Observe(request_id))
         try:
-            status = await asyncio.wait_for(asyncio.shield(answer), ANSWER_S)
+            async with asyncio.timeout(ANSWER_S):
+                status = await asyncio.shield(answer)
         except TimeoutError:
             return False
         finally:

@@ -84,7 +84,8 @@ async def order(commission: Commission) -> Sequence[Request]:
     if params.seed + commission.n > 2**63:
         raise InvalidInput("seed", f"{params.seed} leaves no room for {commission.n} images; take a smaller one")
     with contextlib.suppress(TimeoutError):
-        await asyncio.wait_for(mesh.wait_model(), MODEL_PATIENCE_S)
+        async with asyncio.timeout(MODEL_PATIENCE_S):
+            await mesh.wait_model()
     first = await asyncio.to_thread(mesh.request, "", params, commission.terms, previews=commission.previews)
     given = commission.inputs
     first = msgspec.structs.replace(first, images=given.images, mask=given.mask, markup=given.markup)

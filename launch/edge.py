@@ -50,7 +50,8 @@ class Edge(Part):
         child = await self._spawn("gateway", python_module("gateway", *self._arguments()), {}, True)
         line = ""
         with contextlib.suppress(TimeoutError):
-            line = await asyncio.wait_for(child.first_line(), START_S)
+            async with asyncio.timeout(START_S):
+                line = await child.first_line()
         if not line:
             raise StartFailed(f"the gateway did not start{self._last_words('gateway')}")
         self.url = msgspec.json.decode(line)["url"]

@@ -224,6 +224,12 @@ def test_nothing_is_pickled():
     assert allowed == []
 
 
+def test_no_wait_forgets_a_cancel():
+    """Before Python 3.12 `asyncio.wait_for` does, if what it waits for comes together with the cancel: a task that was
+    told to end goes on, and its server never stops. `asyncio.timeout` does not."""
+    assert [name_of(file) for file in PRODUCT if "asyncio.wait_for" in set(calls_of(tree_of(file)))] == []
+
+
 # ---- how modules look --------------------------------------------------------------------------------------------
 
 

@@ -128,7 +128,8 @@ class JobRunner:
         job = msgspec.structs.replace(job, fingerprint=fingerprint(job, drawn_seed))
         # Whoever heard from the launcher that the mesh is ready may be here before the news of it.
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(model.mesh.wait_model(), MODEL_PATIENCE_S)
+            async with asyncio.timeout(MODEL_PATIENCE_S):
+                await model.mesh.wait_model()
         request, warnings = await asyncio.to_thread(_tokenize, model, job)
         job = msgspec.structs.replace(job, asked=msgspec.structs.replace(asked, warnings=(*asked.warnings, *warnings)))
         self._accepting.add(job.id)

@@ -126,10 +126,10 @@ class Webhooks:
         return await open_client(allow_private=allow_private, timeout_s=ANSWER_S, max_bytes=ANSWER_BYTES)
 
     async def _sleep(self, pause_s: float) -> None:
-        try:
-            await asyncio.wait_for(self._awake.wait(), pause_s)
-        except TimeoutError:
-            return
+        # Not `wait_for`: before Python 3.12 that forgets a cancel which comes together with what it waits for.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(pause_s):
+                await self._awake.wait()
 
     async def _deliver_due(self, strangers: httpx2.AsyncClient, own: httpx2.AsyncClient) -> float:
         """Start what may be started; returns the seconds until there may be more to do."""
