@@ -173,7 +173,7 @@ class Webhooks:
 
     async def _deliver(self, delivery: Delivery, http: httpx2.AsyncClient) -> None:
         outcome = await self._post(delivery, http)
-        del self._held[delivery.id]
+        self._held.pop(delivery.id, None)
         await _finished(self._note(delivery, outcome))
 
     async def _note(self, delivery: Delivery, outcome: int | str) -> None:
